@@ -1,0 +1,166 @@
+"""Configuration of STTS (Spatio-Temporal Token Scoring) on Molmo2."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Molmo2Config
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+METHODS = ("scorer", "cosine", "random", "none")
+SCORE_BIASES = ("log", "rescaled_log")
+AUX_TARGETS = ("patches", "pooled")
+
+
+def validate_prune_ratio(prune_ratio: float) -> float:
+    """Return `prune_ratio` if it lies in `[0, 1)`; raise a `ValueError` otherwise."""
+    if not isinstance(prune_ratio, (int, float)) or not 0 <= prune_ratio < 1:
+        raise ValueError(
+            f"prune_ratio={prune_ratio!r} must be a number in [0, 1): the share of a video's tokens to drop. "
+            "Use 0 to keep every token, 0.5 to drop half of them; for no video at all leave the video out."
+        )
+    return prune_ratio
+
+
+def validate_method(method: str) -> str:
+    """Return `method` if it names a pruner; raise a `ValueError` otherwise."""
+    return _one_of("method", method, METHODS)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+    return value
+
+
+@strict
+class STTSConfig(PreTrainedConfig):
+    r"""
+    The knobs of the token scorer and of pruning.
+
+    Args:
+        prune_layer (`int`, defaults to 3): 0-based ViT layer `l` after which tokens are scored. Scores bias the
+            attention of layer `l + 1`, and layers from `l + 2` on see the survivors only (section 3, Figure 6).
+        prune_ratio (`float`, defaults to 0.5): share `k` of a video's `T * P` pooled tokens to drop, in `[0, 1)`.
+        pooling_size (`int`, defaults to 3): side `w` of the `w x w` patches that share a score and become one LLM token.
+        method (`str`, defaults to `"scorer"`): who scores. `"scorer"` is STTS; `"cosine"` the training-free
+            neighbouring-frame similarity of section 5.1; `"random"` a seeded draw; `"none"` prunes nothing.
+        score_bias (`str`, defaults to `"log"`): `"log"` is `log(score)` (section 3.2); `"rescaled_log"` first
+            rescales the scores of each row of patches to `[exp(-2), 1]`, as the authors' public code does.
+        refill_lone_frames (`bool`, defaults to `False`): give a frame that sits alone in its first-fit-descending
+            bin all its patches back as attention context, as the authors' code does. The tokens the LLM sees are
+            the same.
+        aux_target (`str`, defaults to `"patches"`): what the auxiliary loss compares between neighbouring frames,
+            the concatenated patches of a block (authors' code) or its `"pooled"` feature (section 3.4).
+        aux_loss_weight (`float`, defaults to 1.0): weight of the auxiliary loss; 0 is the paper's "no aux" row.
+        scorer_hidden_size (`int`, *optional*): width of the scorer's two hidden layers; the ViT's
+            `intermediate_size` when not given.
+        scorer_hidden_act (`str`, defaults to `"silu"`): activation between the scorer's layers.
+        seed (`int`, defaults to 0): seed of `method="random"`.
+
+    Raises:
+        ValueError: a value is out of its range; the message names value, range and fix.
+    """
+
+    model_type = "stts"
+    base_config_key = "stts_config"
+
+    prune_layer: int = 3
+    prune_ratio: float | int = 0.5
+    pooling_size: int = 3
+    method: str = "scorer"
+    score_bias: str = "log"
+    refill_lone_frames: bool = False
+    aux_target: str = "patches"
+    aux_loss_weight: float | int = 1.0
+    scorer_hidden_size: int | None = None
+    scorer_hidden_act: str = "silu"
+    seed: int = 0
+
+    # Not in `validate_architecture`: the strict dataclass would wrap these `ValueError`s in an error of its own.
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        validate_prune_ratio(self.prune_ratio)
+        validate_method(self.method)
+        _one_of("score_bias", self.score_bias, SCORE_BIASES)
+        _one_of("aux_target", self.aux_target, AUX_TARGETS)
+        _one_of("scorer_hidden_act", self.scorer_hidden_act, tuple(ACT2FN))
+        if self.prune_layer < 0:
+            raise ValueError(f"prune_layer={self.prune_layer} must be 0 or more: it is a 0-based ViT layer index.")
+        if self.pooling_size < 1:
+            raise ValueError(f"pooling_size={self.pooling_size} must be 1 or more; Molmo2 pools 3 x 3 patches.")
+        if self.aux_loss_weight < 0:
+            raise ValueError(f"aux_loss_weight={self.aux_loss_weight} must be 0 or more; 0 turns the loss off.")
+        if self.scorer_hidden_size is not None and self.scorer_hidden_size < 1:
+            raise ValueError(
+                f"scorer_hidden_size={self.scorer_hidden_size} must be 1 or more, or None for the ViT's "
+                "intermediate_size."
+            )
+
+    @classmethod
+    def paper(cls, **overrides) -> "STTSConfig":
+        """The method as the paper's text has it: log bias, similarity of pooled features."""
+        return cls(**{"score_bias": "log", "aux_target": "pooled", **overrides})
+
+    @classmethod
+    def authors(cls, **overrides) -> "STTSConfig":
+        """The method as the authors' public code has it; use it with weights that they trained."""
+        preset = {
+            "score_bias": "rescaled_log",
+            "refill_lone_frames": True,
+            "aux_target": "patches",
+            "aux_loss_weight": 0.5,
+        }
+        return cls(**{**preset, **overrides})
+
+
+@strict
+class STTSMolmoConfig(Molmo2Config):
+    r"""
+    A [`Molmo2Config`] that carries an [`STTSConfig`].
+
+    Args:
+        stts_config (`STTSConfig` or `dict`, *optional*): knobs of scoring and pruning; defaults when not given.
+            All other arguments are those of [`Molmo2Config`].
+
+    Raises:
+        ValueError: `prune_layer` leaves fewer than two ViT layers after it, or the adapter reads a layer whose
+            output still holds the pruned tokens.
+
+    Example:
+
+    ```python
+    >>> config = STTSMolmoConfig(stts_config={"prune_ratio": 0.3})
+    >>> config.stts_config.prune_layer
+    3
+    ```
+    """
+
+    model_type = "stts_molmo"
+    sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": STTSConfig}
+
+    stts_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        # A `model_type: molmo2` config.json would otherwise override ours on the instance.
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+        num_layers = self.vision_config.num_hidden_layers
+        prune_layer = self.stts_config.prune_layer
+        if prune_layer + 2 >= num_layers:
+            raise ValueError(
+                f"prune_layer={prune_layer} needs at least two ViT layers after it (one that takes the scores as "
+                f"bias, one that runs on the survivors), but the ViT has {num_layers} layers; "
+                f"use prune_layer <= {num_layers - 3}."
+            )
+        for layer in self.adapter_config.vision_feature_layer:
+            if layer % num_layers <= prune_layer + 1:
+                raise ValueError(
+                    f"adapter_config.vision_feature_layer={self.adapter_config.vision_feature_layer} reads layer "
+                    f"{layer}, which is not after prune_layer + 1 = {prune_layer + 1}: its output still holds the "
+                    "tokens to be pruned. Lower prune_layer or read later layers."
+                )
+
+
+STTSConfig.register_for_auto_class()
+STTSMolmoConfig.register_for_auto_class()
+
+__all__ = ["STTSConfig", "STTSMolmoConfig"]
