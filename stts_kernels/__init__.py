@@ -1,0 +1,1 @@
+"""Optional accelerated ops. Imports only torch, triton and itself."""
