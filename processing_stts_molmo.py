@@ -1,0 +1,531 @@
+"""Video files to Molmo2 inputs: sample times, decode the frames shown at those times, cut them into patches.
+
+Sampling is that of section 4.1 and, with `test_time_scaling`, of section 5.3 of the STTS paper. Everything after the
+frames is native Molmo2 and gives the same pixel values.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_processing_utils import BatchFeature
+from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
+from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
+from transformers.processing_utils import Unpack
+from transformers.utils import logging
+from transformers.video_utils import VideoInput, VideoMetadata
+
+from .configuration_stts_molmo import validate_prune_ratio
+
+logger = logging.get_logger(__name__)
+
+# Two clocks may differ in the last bit; a frame that starts less than this after a sample time counts as shown then.
+TIME_TOLERANCE = 1e-6  # seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scaled_num_frames(num_frames: int, prune_ratio: float) -> int:
+    """
+    Frame cap of test-time scaling: as many frames as cost the tokens of `num_frames` unpruned ones (section 5.3).
+
+    It is `ceil(num_frames / (1 - prune_ratio))`, with `prune_ratio` read as the decimal it is written as.
+
+    Raises:
+        ValueError: `prune_ratio` is not in `[0, 1)`.
+
+    Example: `scaled_num_frames(64, 0.5) -> 128`, `scaled_num_frames(64, 0.9) -> 640`.
+    """
+    return math.ceil(num_frames / (1 - Fraction(str(validate_prune_ratio(prune_ratio)))))
+
+
+def sample_frame_times(duration: float, num_frames: int | None = 64, fps: float | None = 2) -> np.ndarray:
+    """
+    Times at which to look at a video: `fps` per second while that is at most `num_frames`, else `num_frames` uniform
+    ones; the last frame is always among them (section 4.1).
+
+    Args:
+        duration (`float`): start of the last frame in seconds, counted from the start of the first.
+        num_frames (`int`, *optional*): most frames to take; no cap when `None`.
+        fps (`float`, *optional*): frames per second; always `num_frames` uniform ones when `None`.
+
+    Returns:
+        `np.ndarray`: float64 `(num_samples,)`, ascending seconds, the last one equal to `duration`.
+
+    Raises:
+        ValueError: neither `num_frames` nor `fps` is given.
+
+    Example: `sample_frame_times(1.2) -> [0.0, 0.5, 1.0, 1.2]`, `sample_frame_times(90, num_frames=3) -> [0, 45, 90]`.
+    """
+    if num_frames is None and fps is None:
+        raise ValueError("Cannot sample frames without `num_frames` and `fps`; pass one of them.")
+    if fps is not None:
+        num_steps = math.ceil(duration * fps)
+        if num_frames is None or num_steps + 1 <= num_frames:
+            return np.append(np.arange(num_steps) / fps, duration)
+    # Counted from the end: a single frame is then the last one.
+    return np.linspace(duration, 0.0, num_frames)[::-1]
+
+
+def sample_frame_indices(frame_times: np.ndarray, sample_times: np.ndarray) -> np.ndarray:
+    """
+    The frames on display at `sample_times`, each once.
+
+    Args:
+        frame_times (`np.ndarray`): float `(num_frames,)`, ascending start of each frame in seconds.
+        sample_times (`np.ndarray`): float `(num_samples,)`, seconds on the same clock.
+
+    Returns:
+        `np.ndarray`: int64 `(<= num_samples,)`, ascending frame indices.
+
+    Example: `frame_times=[0, 1, 5], sample_times=[0, 2, 4, 5] -> [0, 1, 2]`.
+    """
+    indices = np.searchsorted(frame_times, np.asarray(sample_times) + TIME_TOLERANCE, side="right") - 1
+    return np.unique(indices.clip(min=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EncodedVideo(str):
+    """An open video file that passes as the `str` which Transformers' batching of videos takes for a file."""
+
+    def __new__(cls, file: io.IOBase):
+        self = super().__new__(cls, f"<{type(file).__name__}>")
+        self.file = file
+        return self
+
+
+class FrameIndex(NamedTuple):
+    """When each frame of a video is shown, in units of `time_base` seconds, read from its packets."""
+
+    pts: np.ndarray  # int64 (num_frames,), ascending
+    keyframes: np.ndarray  # int64 (num_keyframes,), ascending: where decoding can start
+    time_base: Fraction
+    average_rate: Fraction | None  # frames per second, as the container declares
+
+    def metadata(self) -> "TimedVideoMetadata":
+        frame_times = (self.pts - self.pts[0]) * self.time_base.numerator / self.time_base.denominator
+        num_frames = len(frame_times)
+        fps = float(self.average_rate or 0) or None
+        if num_frames > 1:
+            fps = (num_frames - 1) / float(frame_times[-1])
+        return TimedVideoMetadata(
+            total_num_frames=num_frames,
+            fps=fps,
+            duration=num_frames / fps if fps else 0.0,
+            video_backend="pyav",
+            frame_times=frame_times,
+        )
+
+
+@dataclass
+class TimedVideoMetadata(VideoMetadata):
+    """
+    Metadata of a decoded file, with the time at which each of its frames is shown.
+
+    Args:
+        frame_times (`np.ndarray`): float64 `(total_num_frames,)`, seconds from the first frame. With a variable frame
+            rate these are not `index / fps`.
+    """
+
+    frame_times: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def timestamps(self) -> list[float]:
+        """Seconds from the first frame to each sampled one."""
+        return self.frame_times[self.frames_indices].tolist()
+
+
+def wrap_encoded_videos(videos: VideoInput):
+    """
+    Turn what Transformers' batching of videos does not know into what it does: `os.PathLike` into `str`, bytes and
+    binary file objects into `EncodedVideo`. Strings, frames and arrays stay as they are; lists are searched.
+
+    Raises:
+        ValueError: something that is no kind of video.
+    """
+    if isinstance(videos, os.PathLike):
+        return os.fspath(videos)
+    if isinstance(videos, (bytes, bytearray, memoryview)):
+        return EncodedVideo(io.BytesIO(videos))
+    if hasattr(videos, "read"):
+        return EncodedVideo(videos)
+    if isinstance(videos, (list, tuple)):
+        return [wrap_encoded_videos(video) for video in videos]
+    if isinstance(videos, str) or hasattr(videos, "__array__") or hasattr(videos, "__array_interface__"):
+        return videos
+    raise ValueError(
+        f"A video of type {type(videos).__name__} is not supported; pass a path, a URL, bytes, a binary file object, "
+        "an array of frames or a list of frames."
+    )
+
+
+def download(url: str) -> io.IOBase:
+    """Fetch `url` with the HTTP client of `huggingface_hub` into a temporary file (on disk, not in memory)."""
+    file = tempfile.TemporaryFile()
+    with get_session().stream("GET", url) as response:
+        if response.is_error:
+            raise ValueError(f"The video {url} could not be downloaded: HTTP status {response.status_code}.")
+        for chunk in response.iter_bytes():
+            file.write(chunk)
+    return file
+
+
+@contextlib.contextmanager
+def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """
+    Open the best video stream of a file for threaded reading.
+
+    Args:
+        video (`str`): path of a file, or an `EncodedVideo`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not a video, or has no video stream.
+    """
+    if isinstance(video, EncodedVideo):
+        source = video.file
+        size = source.seek(0, os.SEEK_END)
+        source.seek(0)
+    elif not os.path.exists(video):
+        raise FileNotFoundError(f"There is no video file {video!r}; check the path.")
+    elif os.path.isdir(video):
+        raise ValueError(f"{video!r} is a directory; pass the path of one video file.")
+    else:
+        source = f"file:{video}"  # the protocol keeps FFmpeg from reading one out of a name like `a:b.mp4`
+        size = os.path.getsize(video)
+    if size == 0:
+        raise ValueError(f"The video {video!r} is empty (0 bytes); it was probably not written or copied completely.")
+    try:
+        # A packet cut short by the end of a truncated file counts as absent.
+        container = av.open(source, options={"fflags": "+discardcorrupt"}, metadata_errors="ignore")
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{video!r} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or mkv."
+        ) from error
+    with container:
+        stream = container.streams.best("video")
+        if container.format.name == "tty":  # FFmpeg would render plain text as a video of a terminal
+            raise ValueError(f"{video!r} is a text file, not a video; pass a file such as mp4, webm or mkv.")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise ValueError(f"{video!r} has no video stream (audio only?); pass a file that shows something.")
+        stream.thread_type = "AUTO"
+        yield container, stream
+
+
+def read_frame_index(video: str) -> FrameIndex:
+    """
+    Read when each frame is shown. No frame is decoded, so this costs one pass over the bytes of the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_video`; also when no packet tells when its frame is shown.
+    """
+    with open_video(video) as (container, stream):
+        packets = [
+            (packet.pts, packet.is_keyframe)
+            for packet in container.demux(stream)
+            if packet.pts is not None and not packet.is_discard
+        ]
+        if not packets:
+            raise ValueError(f"{video!r} has no frames with a presentation time; re-encode it as mp4, webm or mkv.")
+        pts, is_keyframe = map(np.array, zip(*packets, strict=True))
+        keyframes = np.unique(pts[is_keyframe]) if is_keyframe.any() else pts[:1]
+        index = FrameIndex(
+            # Nothing can be decoded before the first key frame, in a recording that starts amid a stream.
+            np.unique(pts[pts >= keyframes[0]]),
+            keyframes,
+            stream.time_base,
+            stream.average_rate,
+        )
+        declared, found = stream.frames, len(packets)
+        unit = "frames"
+        if not declared and container.duration:
+            declared, found = container.duration / av.time_base, float((pts.max() - pts.min()) * stream.time_base)
+            unit = "seconds"
+        # Audio may well go on for a moment after the last frame.
+        if found < declared - (1 if unit == "seconds" else 0):
+            logger.warning(
+                f"{video!r} looks truncated: it declares {declared:g} {unit} and has {found:g}. Using what is there."
+            )
+        return index
+
+
+def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterator[av.VideoFrame]:
+    """
+    Decode the frames on display at given times. One frame is held at a time.
+
+    Decoding goes on from frame to frame, and jumps where a key frame lies between two targets.
+
+    Args:
+        video (`str`): path of a file, or an `EncodedVideo`.
+        index (`FrameIndex`): what `read_frame_index` returned for it.
+        targets (`np.ndarray`): int `(num_targets,)`, ascending, in units of `index.time_base`.
+
+    Yields:
+        `av.VideoFrame`: per target the last decodable frame whose `pts` is at most the target; none where there is
+        no such frame. Damaged data ends a run of frames, and decoding goes on at the next key frame.
+    """
+    with open_video(video) as (container, stream):
+        frames = iterate_frames(container, stream)
+        position, shown, ahead = index.keyframes[0], None, None
+        for target in targets:
+            keyframes = index.keyframes[: np.searchsorted(index.keyframes, target, side="right")]
+            if keyframes[-1] > position:
+                frames, ahead = seek_frames(container, stream, keyframes), None
+            while shown is None or shown.pts < target:
+                ahead = ahead or next(frames, None)
+                if ahead is None or ahead.pts > target:
+                    break
+                shown, ahead = ahead, None
+            position = target
+            if shown is not None:
+                yield shown
+
+
+def iterate_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames from here on, up to the end or to data that cannot be decoded."""
+    with contextlib.suppress(av.FFmpegError):
+        yield from container.decode(stream)
+
+
+def seek_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, keyframes: np.ndarray
+) -> Iterator[av.VideoFrame]:
+    """The frames from the last of `keyframes` on, or from an earlier one where the container's index is inexact."""
+    for keyframe in reversed(keyframes.tolist()):
+        container.seek(keyframe, stream=stream)
+        frames = iterate_frames(container, stream)
+        first = next(frames, None)
+        if first is not None and first.pts <= keyframes[-1]:
+            return itertools.chain([first], frames)
+    return iter(())
+
+
+def to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    """Convert a frame to uint8 `(rows, columns, 3)` at `width x height`, then turn it as its metadata says."""
+    # `rotation` is counterclockwise, as is `rot90`.
+    return np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), k=round(frame.rotation / 90))
+
+
+def read_video(video: str, sample_indices_fn: Callable | None = None) -> tuple[torch.Tensor, TimedVideoMetadata]:
+    """
+    Decode the sampled frames of a video file. No others are held in memory.
+
+    Args:
+        video (`str`): path of a file, or an `EncodedVideo`.
+        sample_indices_fn (`Callable`, *optional*): called with `metadata=TimedVideoMetadata`, returns the ascending
+            indices of the frames to decode; every frame when not given.
+
+    Returns:
+        `torch.Tensor`, `TimedVideoMetadata`: uint8 `(num_frames, 3, height, width)`, upright; and the metadata, whose
+        `frames_indices` and `timestamps` (seconds) are those of the frames returned.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not a video, has no video stream or no decodable frame.
+    """
+    index = read_frame_index(video)
+    while True:
+        metadata = index.metadata()
+        indices = np.arange(len(index.pts)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+        targets = index.pts[np.asarray(indices)]
+        clip, taken = None, []
+        for frame in decode_frames(video, index, targets):
+            if taken and frame.pts == taken[-1]:
+                continue
+            if clip is None:
+                width, height = frame.width, frame.height
+                rows, columns, channels = to_rgb(frame, width, height).shape
+                clip = torch.empty((len(targets), channels, rows, columns), dtype=torch.uint8)
+            clip[len(taken)] = torch.from_numpy(to_rgb(frame, width, height).copy()).permute(2, 0, 1)
+            taken.append(frame.pts)
+        if not taken:
+            raise ValueError(f"No frame of {video!r} can be decoded; the file is damaged.")
+        end = np.searchsorted(index.pts, taken[-1], side="right")
+        if len(taken) == len(targets) or end == len(index.pts):
+            break
+        logger.warning(f"{video!r} is damaged: using the {end} of {len(index.pts)} frames before the damage.")
+        index = index._replace(pts=index.pts[:end])
+    metadata.frames_indices = np.searchsorted(index.pts, taken, side="right") - 1
+    metadata.height, metadata.width = clip.shape[-2:]
+    return clip[: len(taken)], metadata
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class STTSMolmoVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
+    """
+    test_time_scaling (`bool`, *optional*):
+        Raise the cap on the number of frames to `ceil(num_frames / (1 - prune_ratio))`. Has no effect with `fps`.
+    prune_ratio (`float`, *optional*):
+        Share `k` of tokens that the model drops, for `test_time_scaling`; the checkpoint's own when not given.
+    """
+
+    test_time_scaling: bool | None
+    prune_ratio: float | int | None
+
+
+class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
+    r"""
+    [`Molmo2VideoProcessor`] that reads video files by presentation time with PyAV and always takes the last frame.
+
+    It takes what the native processor takes, and `os.PathLike`, bytes and binary file objects as well.
+
+    Args:
+        num_frames (`int`, defaults to 64): most frames to sample.
+        max_fps (`int`, defaults to 2): frames per second to sample while these are at most `num_frames`.
+        fps (`float`, *optional*): sample this many frames per second without a cap, instead of `num_frames`.
+        test_time_scaling (`bool`, defaults to `False`): raise the cap to `ceil(num_frames / (1 - prune_ratio))`.
+        prune_ratio (`float`, *optional*): ratio for `test_time_scaling`. `from_pretrained` reads it from
+            `stts_config` in the checkpoint's `config.json`, which is the only place where it is saved.
+            All other arguments are those of [`Molmo2VideoProcessor`].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: what was passed is not a video that can be decoded, `fps` and `num_frames` are both given, or
+            `test_time_scaling` has no `prune_ratio`.
+
+    Example:
+
+    ```python
+    >>> video_processor = AutoVideoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    >>> inputs = video_processor("clip.mp4", test_time_scaling=True, return_tensors="pt")
+    ```
+    """
+
+    test_time_scaling = False
+    prune_ratio = None
+    valid_kwargs = STTSMolmoVideoProcessorKwargs
+
+    def __init__(self, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def get_video_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        hub_kwargs = dict(kwargs)
+        values, kwargs = super().get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
+        with contextlib.suppress(OSError):  # a processor saved without its model
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            values["prune_ratio"] = config.get("stts_config", {}).get("prune_ratio")
+        return values, kwargs
+
+    def to_dict(self):
+        values = super().to_dict()
+        values.pop("prune_ratio", None)  # config.json has it
+        return values
+
+    def preprocess(self, videos: VideoInput, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]) -> BatchFeature:
+        if kwargs.get("fps") is not None:
+            kwargs.setdefault("num_frames", None)  # or the default cap would count as a contradiction
+        return super().preprocess(videos, **kwargs)
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        max_fps: float | None = None,
+        test_time_scaling: bool | None = None,
+        prune_ratio: float | None = None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        Choose frames as section 4.1 does: `max_fps` per second up to `num_frames`, else uniform, the last always in.
+
+        Returns:
+            `np.ndarray`: int64 `(num_samples,)`, ascending frame indices.
+
+        Raises:
+            ValueError: `num_frames` and `fps` are both given, or `test_time_scaling` has no `prune_ratio`.
+        """
+        if fps is not None and num_frames is not None:
+            raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them.")
+        rate = fps if fps is not None else max_fps if max_fps is not None else self.max_fps
+
+        frame_times = getattr(metadata, "frame_times", None)
+        if frame_times is None:
+            if metadata.fps is None:
+                metadata.fps = rate
+                logger.warning_once(
+                    f"The frame rate of the video is unknown: taking it as {rate} fps, which sets the timestamps in "
+                    "the prompt. Pass `video_metadata` with its `fps`."
+                )
+            frame_times = np.arange(metadata.total_num_frames) / metadata.fps
+
+        if fps is not None:
+            return sample_frame_indices(frame_times, sample_frame_times(frame_times[-1], None, rate))
+        num_frames = num_frames if num_frames is not None else self.num_frames
+        if test_time_scaling if test_time_scaling is not None else self.test_time_scaling:
+            prune_ratio = prune_ratio if prune_ratio is not None else self.prune_ratio
+            if prune_ratio is None:
+                raise ValueError(
+                    "test_time_scaling needs a prune_ratio, and this processor was loaded from no checkpoint with an "
+                    "stts_config in its config.json; pass prune_ratio=..., such as 0.5."
+                )
+            num_frames = scaled_num_frames(num_frames, prune_ratio)
+        return sample_frame_indices(frame_times, sample_frame_times(frame_times[-1], num_frames, rate))
+
+    def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn: Callable | None = None):
+        if isinstance(video_url_or_urls, list):
+            clips = [self.fetch_videos(video, sample_indices_fn=sample_indices_fn) for video in video_url_or_urls]
+            return list(zip(*clips, strict=True))
+        if video_url_or_urls.startswith(("http://", "https://")):
+            with download(video_url_or_urls) as file:
+                return read_video(EncodedVideo(file), sample_indices_fn)
+        return read_video(video_url_or_urls, sample_indices_fn)
+
+    def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
+        return super()._decode_and_sample_videos(wrap_encoded_videos(videos), *args, **kwargs)
+
+    def _build_video_patches(self, video: torch.Tensor, **kwargs):
+        # Frame by frame: the float copy that the resize makes is then one frame, not the clip. Same values, faster.
+        build = super()._build_video_patches
+        grids, patches, pooling_indices = zip(*[build(frame, **kwargs) for frame in video.split(1)], strict=True)
+        return grids[0], torch.cat(patches), pooling_indices[0]
+
+
+class STTSMolmoProcessor(Molmo2Processor):
+    r"""
+    [`Molmo2Processor`] whose prompts carry the times of the frames actually taken.
+
+    Molmo2 writes the time in seconds before each frame. For a decoded file these are the frames' presentation times,
+    also where the frame rate varies.
+    """
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if videos is not None:
+            videos = wrap_encoded_videos(videos)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        metadata = video_inputs["video_metadata"][video_idx]
+        if getattr(metadata, "frame_times", None) is None:
+            return super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return self.get_video_string(video_inputs["video_grids"][video_idx], metadata.timestamps)
+
+
+STTSMolmoVideoProcessor.register_for_auto_class()
+STTSMolmoProcessor.register_for_auto_class()
+
+__all__ = ["STTSMolmoProcessor", "STTSMolmoVideoProcessor"]
