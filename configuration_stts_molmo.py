@@ -8,6 +8,12 @@ from transformers.configuration_utils import PreTrainedConfig
 METHODS = ("scorer", "cosine", "random", "none")
 SCORE_BIASES = ("log", "rescaled_log")
 AUX_TARGETS = ("patches", "pooled")
+AUTO_MAP = {
+    "AutoConfig": "configuration_stts_molmo.STTSMolmoConfig",
+    "AutoModel": "modeling_stts_molmo.STTSMolmoModel",
+    "AutoModelForImageTextToText": "modeling_stts_molmo.STTSMolmoForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_stts_molmo.STTSMolmoForConditionalGeneration",
+}
 
 
 def validate_prune_ratio(prune_ratio: float) -> float:
@@ -40,7 +46,8 @@ class STTSConfig(PreTrainedConfig):
         prune_layer (`int`, defaults to 3): 0-based ViT layer `l` after which tokens are scored. Scores bias the
             attention of layer `l + 1`, and layers from `l + 2` on see the survivors only (section 3, Figure 6).
         prune_ratio (`float`, defaults to 0.5): share `k` of a video's `T * P` pooled tokens to drop, in `[0, 1)`.
-        pooling_size (`int`, defaults to 3): side `w` of the `w x w` patches that share a score and become one LLM token.
+        pooling_size (`int`, defaults to 3): side `w` of the `w x w` patches that share a score and become one
+            LLM token.
         method (`str`, defaults to `"scorer"`): who scores. `"scorer"` is STTS; `"cosine"` the training-free
             neighbouring-frame similarity of section 5.1; `"random"` a seeded draw; `"none"` prunes nothing.
         score_bias (`str`, defaults to `"log"`): `"log"` is `log(score)` (section 3.2); `"rescaled_log"` first
@@ -136,6 +143,17 @@ class STTSMolmoConfig(Molmo2Config):
 
     model_type = "stts_molmo"
     sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": STTSConfig}
+    # `Trainer.predict` collects every other output and aligns it with the labels.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_hidden_states",
+        "aux_loss",
+        "token_scores",
+        "keep_mask",
+        "input_keep_mask",
+    ]
 
     stts_config: dict | PreTrainedConfig | None = None
 
@@ -143,6 +161,8 @@ class STTSMolmoConfig(Molmo2Config):
         # A `model_type: molmo2` config.json would otherwise override ours on the instance.
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
+        # Saving adds one entry per class at most; a model class that several Auto classes load needs them all.
+        self.auto_map = dict(AUTO_MAP)
         num_layers = self.vision_config.num_hidden_layers
         prune_layer = self.stts_config.prune_layer
         if prune_layer + 2 >= num_layers:
@@ -160,7 +180,6 @@ class STTSMolmoConfig(Molmo2Config):
                 )
 
 
-STTSConfig.register_for_auto_class()
 STTSMolmoConfig.register_for_auto_class()
 
 __all__ = ["STTSConfig", "STTSMolmoConfig"]

@@ -1,0 +1,1326 @@
+"""STTS (Spatio-Temporal Token Scoring) inside Molmo2.
+
+The file reads in the order in which data flows: budget, features, scores, bias, selection, packing, attention, the
+vision tower, compaction of the LLM's input, the model, loss and generation. Sections cited as "section n" are those
+of the paper. Symbols: `F` frames of all videos of a batch, `N` patches a frame, `P` pooled tokens a frame, `w` pooling
+window, `D` ViT width, `k` prune ratio.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.molmo2.modeling_molmo2 import (
+    Molmo2Adapter,
+    Molmo2CausalLMOutputWithPast,
+    Molmo2ForConditionalGeneration,
+    Molmo2Model,
+    Molmo2ModelOutputWithPast,
+    Molmo2TextModel,
+    Molmo2VisionAttention,
+    Molmo2VisionModel,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
+
+from .configuration_stts_molmo import STTSMolmoConfig, validate_method, validate_prune_ratio
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch without it: the loop below computes the same
+    varlen_attn = None
+
+# A class with its own `model_type` gets no conversion by default, and original checkpoints would load as noise.
+register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_mapping("molmo2"), overwrite=True)
+
+MIN_SCORE = 1e-6  # keeps log(score) finite
+RESCALED_MIN_SCORE = math.exp(-2)  # authors' code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Budget
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def num_kept_tokens(num_frames: int, tokens_per_frame: int, prune_ratio: float) -> int:
+    """
+    Number of a video's pooled tokens that survive; known before any score is computed (section 3).
+
+    `floor(k * T * P)` tokens are dropped, in decimal arithmetic, but never one of frame 0.
+
+    >>> num_kept_tokens(num_frames=90, tokens_per_frame=81, prune_ratio=0.7)  # drops 5103; binary floats say 5102
+    2187
+    """
+    num_tokens = num_frames * tokens_per_frame
+    num_dropped = int(Decimal(str(prune_ratio)) * num_tokens)
+    return num_tokens - min(num_dropped, num_tokens - tokens_per_frame)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features and scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class VideoLayout(NamedTuple):
+    """
+    What is known of a batch of videos before any pixel is read.
+
+    num_frames: frames of each video.
+    grid: rows and columns of pooled tokens in a frame, `P = rows * columns`.
+    num_patches: patches of a frame, `N`.
+    blocks: int64 `(P, w * w)`, the patches of each block within its frame; -1 marks slots outside the frame.
+    """
+
+    num_frames: list[int]
+    grid: tuple[int, int]
+    num_patches: int
+    blocks: torch.Tensor
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the window divides the frame, so that every slot of every block holds a patch."""
+        return self.blocks.numel() == self.num_patches
+
+    def num_kept(self, prune_ratio: float) -> list[int]:
+        """Surviving tokens of each video."""
+        return [num_kept_tokens(t, self.tokens_per_frame, prune_ratio) for t in self.num_frames]
+
+
+def gather_blocks(hidden_states: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+    """Patches `(frames, N, D)` -> patches by block `(frames, P, w * w, D)`, zeros in slots outside the frame."""
+    blocks = layout.blocks
+    gathered = hidden_states.index_select(1, blocks.clamp_min(0).flatten()).unflatten(1, blocks.shape)
+    return gathered if layout.is_dense else gathered.masked_fill((blocks < 0)[None, :, :, None], 0)
+
+
+def previous_frame(features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
+    """Shift `(frames, ...)` by one frame within each video; the frame before frame 0 is zeros (section 3.1)."""
+    return torch.cat([torch.cat([torch.zeros_like(v[:1]), v[:-1]]) for v in features.split(list(num_frames))])
+
+
+def zero_first_frames(values: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
+    """Set the first frame of each video to zero in `(frames, ...)`."""
+    return torch.cat([torch.cat([torch.zeros_like(v[:1]), v[1:]]) for v in values.split(list(num_frames))])
+
+
+def temporal_dissimilarity(features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
+    """
+    `1 - cos(f_{t-1}, f_t)` of each block with the same block one frame earlier (section 3.4).
+
+    Args:
+        features: `(frames, P, C)`, any float dtype.
+        num_frames: frames of each video.
+
+    Returns:
+        float32 `(frames, P)`, zero in each video's first frame. Memory is linear in `frames * P`.
+    """
+    features = features.float()
+    similarity = F.cosine_similarity(previous_frame(features, num_frames), features, dim=-1)
+    return zero_first_frames(1 - similarity, num_frames)
+
+
+def random_scores(layout: VideoLayout, seed: int | None) -> torch.Tensor:
+    """
+    Uniform float32 scores `(frames, P)`. With a `seed` a video gets the same scores wherever it stands in a batch;
+    without one they come from torch's global generator, new at every step of a training.
+    """
+    scores = []
+    for num_frames in layout.num_frames:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        scores.append(torch.rand(num_frames, layout.tokens_per_frame, generator=generator))
+    return torch.cat(scores).to(layout.blocks.device)
+
+
+class TokenScorer(nn.Module):
+    """
+    The learned part of STTS: an attention layer that pools each block, and a three-layer MLP that scores it against
+    the same block of the previous frame (section 3.1).
+    """
+
+    def __init__(self, vision_config, stts_config):
+        super().__init__()
+        width = vision_config.hidden_size
+        hidden_size = stts_config.scorer_hidden_size or vision_config.intermediate_size
+        self.token_pooler = Molmo2VisionAttention(vision_config)
+        self.fc1 = nn.Linear(2 * width, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.fc3 = nn.Linear(hidden_size, 1)
+        self.activation_fn = ACT2FN[stts_config.scorer_hidden_act]
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Fan-in scaled weights: with a fixed 0.02 a narrow scorer starts out constant and hardly learns."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+
+    def forward(self, blocks: torch.Tensor, layout: VideoLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            blocks: `(frames, P, w * w, D)` features after layer `l`, zero in slots outside the frame.
+            layout: of the batch; no score looks across a video's border.
+
+        Returns:
+            float32 scores in `(0, 1)` of shape `(frames, P)`, higher is kept longer; pooled features
+            `(frames, P, D)`.
+        """
+        patches = blocks.flatten(0, 1)
+        if layout.is_dense:
+            query, attention_mask = patches.mean(1, keepdim=True), None
+        else:
+            mask = (layout.blocks >= 0).repeat(blocks.shape[0], 1)
+            query = patches.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+            attention_mask = torch.zeros_like(mask, dtype=patches.dtype)
+            attention_mask = attention_mask.masked_fill(~mask, torch.finfo(patches.dtype).min)[:, None, None]
+        pooled = self.token_pooler(query, patches, attention_mask)[0].view(*blocks.shape[:2], -1)
+
+        hidden_states = torch.cat([previous_frame(pooled, layout.num_frames), pooled], dim=-1)
+        hidden_states = self.activation_fn(self.fc1(hidden_states))
+        hidden_states = self.activation_fn(self.fc2(hidden_states))
+        return self.fc3(hidden_states).squeeze(-1).float().sigmoid(), pooled
+
+
+def log_score_bias(token_scores: torch.Tensor, layout: VideoLayout, kind: str) -> torch.Tensor:
+    """
+    Scores -> what is added to the attention logits of each key in layer `l + 1` (section 3.2).
+
+    Args:
+        token_scores: float32 `(frames, P)` in `(0, 1)`.
+        layout: of the batch.
+        kind: `"log"`, or `"rescaled_log"`: the authors' code first stretches the scores of each row of patches
+            to `[exp(-2), 1]`.
+
+    Returns:
+        float32 `(frames, N)`, zero in each video's first frame.
+    """
+    if kind == "rescaled_log":
+        rows = token_scores.unflatten(1, layout.grid)
+        low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+        rows = RESCALED_MIN_SCORE + (rows - low) * (1 - RESCALED_MIN_SCORE) / (high - low + 1e-6)
+        token_scores = rows.flatten(1)
+    bias = zero_first_frames(token_scores.clamp_min(MIN_SCORE).log(), layout.num_frames)
+    block_ids = torch.arange(layout.tokens_per_frame, device=bias.device)[:, None].expand_as(layout.blocks)
+    # Slots outside the frame (-1) write to a spare last entry.
+    patch_block = block_ids.new_zeros(layout.num_patches + 1)
+    patch_block[layout.blocks.flatten()] = block_ids.flatten()
+    return bias.index_select(1, patch_block[:-1])
+
+
+def auxiliary_loss(token_scores: torch.Tensor, target: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
+    """
+    Mean over all `(frames, P)` of `(score - target)^2`, zero in first frames (section 3.4). The target is detached:
+    the scores learn the features' similarity, the features do not learn the scores.
+    """
+    return zero_first_frames((token_scores - target.detach()) ** 2, num_frames).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Selection and packing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def select_tokens(token_scores: torch.Tensor, num_frames: Sequence[int], num_kept: Sequence[int]) -> torch.Tensor:
+    """
+    Keep the `num_kept` highest scores of each video; every token of its first frame is kept, ties go to the lower
+    index (section 3.3). The sort is stable and shapes are static, so the result is the same on every device and
+    nothing waits for it.
+
+    Args:
+        token_scores: `(frames, P)`.
+        num_frames: frames of each video.
+        num_kept: survivors of each video.
+
+    Returns:
+        bool `(frames, P)`.
+    """
+    masks = []
+    for scores, kept in zip(token_scores.detach().split(list(num_frames)), num_kept, strict=True):
+        first_frame_first = torch.cat([torch.full_like(scores[:1], torch.inf), scores[1:]]).flatten()
+        order = first_frame_first.argsort(descending=True, stable=True)
+        mask = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:kept], True)
+        masks.append(mask.view_as(scores))
+    return torch.cat(masks)
+
+
+def mask_to_indices(mask: torch.Tensor, num_true: int) -> torch.Tensor:
+    """
+    Ascending flat indices of the `num_true` set entries; `nonzero` with a static shape.
+
+    >>> mask_to_indices(torch.tensor([[True, False], [True, True]]), 3)
+    tensor([0, 2, 3])
+    """
+    return mask.flatten().to(torch.int8).argsort(descending=True, stable=True)[:num_true]
+
+
+class Bins(NamedTuple):
+    """
+    Result of [`first_fit_descending`].
+
+    assignment: bin of each frame.
+    offsets: first slot of each frame in its bin.
+    num_bins: bins that hold a token.
+    """
+
+    assignment: list[int]
+    offsets: list[int]
+    num_bins: int
+
+
+def first_fit_descending(counts: Sequence[int], capacity: int) -> Bins:
+    """
+    Algorithm 1 (appendix D): frames by falling count, each into the first bin with room for it.
+
+    >>> first_fit_descending([2, 5, 3], capacity=5)
+    Bins(assignment=[1, 0, 1], offsets=[3, 0, 0], num_bins=2)
+
+    Raises:
+        ValueError: a frame has more tokens than a bin has slots.
+    """
+    if max(counts, default=0) > capacity:
+        raise ValueError(f"A frame with {max(counts)} tokens does not fit a bin of {capacity} slots.")
+    load = [0] * len(counts)
+    assignment, offsets = [0] * len(counts), [0] * len(counts)
+    for frame in sorted(range(len(counts)), key=lambda frame: -counts[frame]):
+        target = next(b for b, used in enumerate(load) if used + counts[frame] <= capacity)
+        assignment[frame], offsets[frame] = target, load[target]
+        load[target] += counts[frame]
+    return Bins(assignment, offsets, sum(used > 0 for used in load))
+
+
+def refill_lone_frames(keep_mask: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+    """
+    Give each frame that shares its bin with no other frame all its tokens back (authors' code). Frames without a
+    survivor stay empty.
+
+    Args:
+        keep_mask: bool `(frames, P)`.
+
+    Returns:
+        bool `(frames, P)`, the tokens that late layers attend to.
+    """
+    counts = ((layout.blocks >= 0).sum(1) * keep_mask).sum(1).tolist()
+    bins = first_fit_descending(counts, layout.num_patches)
+    used = [b for b, count in zip(bins.assignment, counts, strict=True) if count]
+    lone = [count > 0 and used.count(b) == 1 for b, count in zip(bins.assignment, counts, strict=True)]
+    return keep_mask | torch.tensor(lone, device=keep_mask.device)[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention of the vision tower
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fold_key_bias(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Append columns to query and key so that `scaling * q @ k^T` gains `key_bias`: any attention kernel then applies
+    the bias, and its gradient reaches the scores without a `(queries, keys)` mask.
+
+    Args:
+        query, key, value: `(frames, heads, N, head_dim)`.
+        key_bias: float32 `(frames, N)`.
+
+    Returns:
+        query, key, value with `head_dim` grown to the next multiple of 8 that has room for two columns. Two, because
+        a bfloat16 bias alone would round log-scores to two digits: the second holds the rest.
+    """
+    bias = (key_bias / scaling)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    high = bias.to(key.dtype)
+    low = (bias - high.float()).to(key.dtype)
+    padding = -(key.shape[-1] + 2) % 8
+    query = F.pad(F.pad(query, (0, 2), value=1.0), (0, padding))
+    key = F.pad(torch.cat([key, high, low], dim=-1), (0, padding))
+    return query, key, F.pad(value, (0, padding + 2))
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """
+    Attention of packed frames, each token to those of its own frame; no padding, no mask.
+
+    Args:
+        query, key, value: `(tokens, heads, head_dim)`, frames one after the other.
+        cu_seqlens: int32 `(frames + 1,)`, counts [2, 3] -> [0, 2, 5]; empty frames are fine.
+        max_seqlen: upper bound of a frame's tokens.
+
+    Returns:
+        `(tokens, heads, head_dim)`.
+    """
+    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        # Releases differ in how a scale is passed; all default to head_dim ** -0.5, which is `scaling`.
+        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    counts = [count for count in cu_seqlens.diff().tolist() if count]
+    frames = zip(*(x.transpose(0, 1)[None].split(counts, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout) for q, k, v in frames]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+class STTSMolmoVisionAttention(Molmo2VisionAttention):
+    """
+    Native attention that also takes a bias per key, and packed frames. `attn_implementation="eager"` stays native
+    throughout: it gets the bias as an additive mask and packed frames as first-fit-descending bins.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `(frames, N, D)`, or packed `(1, tokens, D)` with `cu_seqlens`.
+            attention_mask: additive `(frames, 1, 1, N)`, one bias per key.
+            cu_seqlens, max_seqlen: see [`varlen_attention`].
+        """
+        native = attention_mask is None and cu_seqlens is None
+        if native or self.config._attn_implementation == "eager":
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        if cu_seqlens is not None and is_flash_attention_requested(self.config):
+            return super().forward(
+                hidden_states,
+                cu_seq_lens_q=cu_seqlens,
+                cu_seq_lens_k=cu_seqlens,
+                max_length_q=max_seqlen,
+                max_length_k=max_seqlen,
+                **kwargs,
+            )
+
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if cu_seqlens is not None:
+            attn_output = varlen_attention(query[0], key[0], value[0], cu_seqlens, max_seqlen, self.scaling, dropout)[
+                None
+            ]
+        else:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            query, key, value = fold_key_bias(query, key, value, attention_mask[:, 0, 0], self.scaling)
+            attn_output = F.scaled_dot_product_attention(query, key, value, scale=self.scaling, dropout_p=dropout)
+            attn_output = attn_output[..., : self.head_dim].transpose(1, 2)
+        return self.o_proj(attn_output.flatten(-2)), None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vision tower
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class STTSMolmoVisionOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(1, tokens, D * len(feature_layers))`):
+            Features of the patches that late layers saw, packed block by block.
+        pooled_patches_idx (`torch.LongTensor` of shape `(kept, w * w)`):
+            Where the patches of each surviving block are in `last_hidden_state`; -1 for slots outside the frame.
+        token_scores (`torch.FloatTensor` of shape `(frames, P)`), keep_mask (`torch.BoolTensor`, same shape),
+        aux_loss (`torch.FloatTensor`, scalar; `None` unless the scorer scored).
+    """
+
+    pooled_patches_idx: torch.Tensor | None = None
+    token_scores: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class STTSMolmoVideoFeatures(BaseModelOutputWithPooling):
+    """
+    Args:
+        pooler_output (`tuple[torch.Tensor]`): the surviving tokens of each video, `(kept, text_hidden_size)`.
+        token_scores (`torch.FloatTensor` of shape `(frames, P)`): higher is kept longer; `None` when nothing scored.
+        keep_mask (`torch.BoolTensor` of shape `(frames, P)`): which pooled tokens survive.
+        aux_loss (`torch.FloatTensor`, scalar): auxiliary loss; `None` unless the scorer scored.
+    """
+
+    token_scores: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class STTSMolmoVisionModel(Molmo2VisionModel):
+    """
+    Modifications: after layer `prune_layer` tokens are scored, the scores bias the attention of the next layer, and
+    the layers after that run on the survivors. Without a `layout` it is the native tower.
+    """
+
+    def __init__(self, config, stts_config, feature_layers: Sequence[int]):
+        super().__init__(config)
+        self.stts_config = stts_config
+        self.feature_layers = [layer % config.num_hidden_layers for layer in feature_layers]
+        for layer in self.layers:
+            layer.self_attn = STTSMolmoVisionAttention(config)
+        self.token_scorer = TokenScorer(config, stts_config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, TokenScorer):
+            module.reset_parameters()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        layout: VideoLayout | None = None,
+        prune_ratio: float | None = None,
+        method: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: `(frames, N, patch_size * patch_size * channels)`.
+            layout: of the videos the frames belong to; `None` for images and for videos kept whole.
+            prune_ratio: share of each video's tokens to drop, in `[0, 1)`.
+            method: `"scorer"`, `"cosine"` or `"random"`.
+
+        Returns:
+            [`STTSMolmoVisionOutput`] with a layout, the native output without.
+        """
+        if layout is None:
+            return super().forward(pixel_values, **kwargs)
+        bias_layer = self.stts_config.prune_layer + 1
+
+        hidden_states = self.patch_embedding(pixel_values.to(dtype=self.dtype))
+        hidden_states = hidden_states + self.positional_embedding[None].to(hidden_states)
+        for layer in self.layers[:bias_layer]:
+            hidden_states = layer(hidden_states, None)
+
+        token_scores, bias, aux_loss = self.score(hidden_states, layout, method)
+        hidden_states = self.layers[bias_layer](hidden_states, bias)
+
+        num_kept = layout.num_kept(prune_ratio)
+        keep_mask = select_tokens(token_scores, layout.num_frames, num_kept)
+        features, pooled_patches_idx = self.encode_survivors(hidden_states, keep_mask, sum(num_kept), layout)
+        return STTSMolmoVisionOutput(
+            last_hidden_state=features,
+            pooled_patches_idx=pooled_patches_idx,
+            token_scores=token_scores,
+            keep_mask=keep_mask,
+            aux_loss=aux_loss,
+        )
+
+    def score(
+        self, hidden_states: torch.Tensor, layout: VideoLayout, method: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        The pruners: features after layer `l`, `(frames, N, D)`, in; scores `(frames, P)`, attention bias
+        `(frames, 1, 1, N)` and auxiliary loss out. Only the scorer has the last two.
+        """
+        if method == "random":
+            return random_scores(layout, None if self.training else self.stts_config.seed), None, None
+        blocks = gather_blocks(hidden_states, layout)
+        if method == "cosine":
+            with torch.no_grad():
+                return temporal_dissimilarity(blocks.flatten(2), layout.num_frames), None, None
+        token_scores, pooled = self.token_scorer(blocks, layout)
+        with torch.no_grad():
+            compared = pooled if self.stts_config.aux_target == "pooled" else blocks.flatten(2)
+            target = temporal_dissimilarity(compared, layout.num_frames)
+        bias = log_score_bias(token_scores, layout, self.stts_config.score_bias)[:, None, None]
+        return token_scores, bias, auxiliary_loss(token_scores, target, layout.num_frames)
+
+    def encode_survivors(
+        self, hidden_states: torch.Tensor, keep_mask: torch.Tensor, num_kept: int, layout: VideoLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Run the late layers on the survivors (section 3.3).
+
+        Args:
+            hidden_states: `(frames, N, D)` after layer `l + 1`.
+            keep_mask: bool `(frames, P)` with `num_kept` set entries.
+
+        Returns:
+            features `(1, tokens, D * len(feature_layers))` and the slots of each survivor in them `(num_kept, w * w)`.
+        """
+        context_mask, num_context = keep_mask, num_kept
+        if self.stts_config.refill_lone_frames:
+            context_mask = refill_lone_frames(keep_mask, layout)
+            num_context = int(context_mask.sum())
+
+        # Pack block by block, so that the patches of a survivor lie side by side.
+        tokens = mask_to_indices(context_mask, num_context)
+        blocks = layout.blocks.index_select(0, tokens % layout.tokens_per_frame)
+        frame = tokens // layout.tokens_per_frame
+        patches = (blocks + (frame * layout.num_patches)[:, None]).flatten()
+        slots = torch.arange(patches.numel(), device=patches.device).view_as(blocks)
+        if not layout.is_dense:
+            inside = blocks.flatten() >= 0
+            patches = patches[inside]
+            slots = (inside.cumsum(0) - 1).masked_fill(~inside, -1).view_as(blocks)
+        packed = hidden_states.flatten(0, 1).index_select(0, patches)
+        counts = ((layout.blocks >= 0).sum(1) * context_mask).sum(1)
+
+        features = torch.cat(self._run_late_layers(packed, counts, layout.num_patches), dim=-1)
+        if self.stts_config.refill_lone_frames:
+            slots = slots.index_select(0, mask_to_indices(keep_mask.flatten()[tokens], num_kept))
+        return features[None], slots
+
+    def _run_late_layers(self, packed: torch.Tensor, counts: torch.Tensor, num_patches: int) -> list[torch.Tensor]:
+        """Layers `l + 2..` on packed patches `(tokens, D)`; the outputs of the feature layers, each `(tokens, D)`."""
+        if self.config._attn_implementation == "eager":
+            hidden_states, attention_mask, slots = pack_into_bins(packed, counts.tolist(), num_patches)
+            kwargs = {}
+        else:
+            hidden_states, attention_mask, slots = packed[None], None, None
+            kwargs = {
+                "cu_seqlens": F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
+                "max_seqlen": num_patches,
+            }
+        outputs = {}
+        # Layers past the last one that the adapter reads have no effect.
+        for index in range(self.stts_config.prune_layer + 2, max(self.feature_layers) + 1):
+            hidden_states = self.layers[index](hidden_states, attention_mask, **kwargs)
+            if index in self.feature_layers:
+                flat = hidden_states.flatten(0, 1)
+                outputs[index] = flat if slots is None else flat.index_select(0, slots)
+        return [outputs[index] for index in self.feature_layers]
+
+
+def pack_into_bins(
+    packed: torch.Tensor, counts: Sequence[int], capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Packed frames -> dense first-fit-descending bins, for attention without varlen (section 3.3, Algorithm 1).
+
+    Args:
+        packed: `(tokens, D)`, frames one after the other.
+        counts: tokens of each frame.
+        capacity: slots of a bin.
+
+    Returns:
+        `(bins, capacity, D)`; additive mask `(bins, 1, capacity, capacity)`, block-diagonal by frame; int64
+        `(tokens,)`, the flat slot of each token.
+    """
+    bins = first_fit_descending(counts, capacity)
+    starts = [b * capacity + offset for b, offset in zip(bins.assignment, bins.offsets, strict=True)]
+    slots = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    slots = slots.to(packed.device)
+    dense = packed.new_zeros(bins.num_bins * capacity, packed.shape[-1]).index_copy(0, slots, packed)
+    # Empty slots share the id -1: they attend to each other, and nothing reads them.
+    frame_ids = torch.full((bins.num_bins * capacity,), -1, device=packed.device)
+    frame_ids[slots] = torch.arange(len(counts), device=packed.device).repeat_interleave(
+        torch.tensor(counts, device=packed.device)
+    )
+    frame_ids = frame_ids.view(bins.num_bins, capacity)
+    same_frame = frame_ids[:, None, :, None] == frame_ids[:, None, None, :]
+    mask = torch.zeros_like(same_frame, dtype=packed.dtype).masked_fill(~same_frame, torch.finfo(packed.dtype).min)
+    return dense.view(bins.num_bins, capacity, -1), mask, slots
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compaction of the LLM's input
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Compaction(NamedTuple):
+    """
+    Where the surviving positions of a batch of sequences go.
+
+    input_keep_mask: bool `(batch, length)`, positions that the LLM runs on.
+    positions: int64 `(batch, compact_length)`, the input position behind each compact one.
+    mask: bool `(batch, compact_length)`, False for padding.
+    is_padded: whether `mask` has any padding.
+    """
+
+    input_keep_mask: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    is_padded: bool
+
+    def compact(self, values: torch.Tensor, padding: int = 0) -> torch.Tensor:
+        """`(batch, length)` -> `(batch, compact_length)`."""
+        return values.gather(1, self.positions).masked_fill(~self.mask, padding)
+
+    def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, compact_length, C)` -> `(batch, length, C)`, zeros where the LLM did not run."""
+        batch_size, length = self.input_keep_mask.shape
+        index = self.positions[..., None].expand(-1, -1, hidden_states.shape[-1])
+        restored = hidden_states.new_zeros(batch_size, length, hidden_states.shape[-1])
+        return restored.scatter(1, index, hidden_states.masked_fill(~self.mask[..., None], 0))
+
+
+def plan_compaction(input_keep_mask: torch.Tensor, lengths: Sequence[int], padding_side: str) -> Compaction:
+    """
+    Move the set positions of each row together, keeping their order, and pad on `padding_side`.
+
+    Args:
+        input_keep_mask: bool `(batch, length)`.
+        lengths: set positions of each row, so that no size has to come from the device.
+
+    >>> plan_compaction(torch.tensor([[True, False, True], [True, True, True]]), [2, 3], "left").positions
+    tensor([[1, 0, 2],
+            [0, 1, 2]])
+    """
+    compact_length = max(lengths)
+    order = input_keep_mask.to(torch.int8).argsort(dim=1, descending=padding_side == "right", stable=True)
+    positions = order[:, :compact_length] if padding_side == "right" else order[:, -compact_length:]
+    mask = input_keep_mask.gather(1, positions)
+    return Compaction(input_keep_mask, positions, mask, is_padded=min(lengths) < compact_length)
+
+
+def consecutive_positions(position_ids: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """
+    Position ids `(batch, length)` that close the gaps of `dropped` positions, each packed sample on its own.
+
+    >>> consecutive_positions(torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[False, True, False, False, False]]))
+    tensor([[0, 0, 1, 0, 1]])
+    """
+    shift = dropped.cumsum(1)
+    is_start = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    shift_before_sample = torch.where(is_start, shift, 0).cummax(1).values
+    return position_ids - (shift - shift_before_sample)
+
+
+class CompactPrompt(NamedTuple):
+    """
+    What a cache filled from a compacted prompt carries along (as `cache.stts_prompt`), for later turns.
+
+    length: of the prompt as the user knows it.
+    input_ids, attention_mask: int64 `(batch, compact_length)`.
+    """
+
+    length: int
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    def replace_prefix(self, values: torch.Tensor, compact: torch.Tensor) -> torch.Tensor:
+        """Swap the prompt's part of `(batch, length + n)` for its compact form."""
+        return torch.cat([compact.to(values.dtype), values[:, self.length :]], dim=1)
+
+    def attend(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The compact form of a mask over `input_ids`, `(batch, length + n)`."""
+        if len(input_ids) != len(self.input_ids):
+            raise ValueError(
+                f"input_ids has {len(input_ids)} rows, but past_key_values was filled with {len(self.input_ids)}."
+            )
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.replace_prefix(attention_mask, self.attention_mask)
+
+    def repeat(self, num_rows: int) -> "CompactPrompt":
+        """For a cache whose rows were repeated, each in place, for beams or several sequences a prompt."""
+        repeats = num_rows // len(self.input_ids)
+        return self._replace(
+            input_ids=self.input_ids.repeat_interleave(repeats, dim=0),
+            attention_mask=self.attention_mask.repeat_interleave(repeats, dim=0),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class STTSMolmoModelOutputWithPast(Molmo2ModelOutputWithPast):
+    r"""
+    Args:
+        aux_loss (`torch.FloatTensor`, scalar, *optional*): auxiliary loss of the scorer, unweighted.
+        token_scores (`torch.FloatTensor` of shape `(frames, P)`, *optional*): higher is kept longer.
+        keep_mask (`torch.BoolTensor` of shape `(frames, P)`, *optional*): pooled tokens that survive.
+        input_keep_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): input positions that went
+            through the LLM; hidden states and logits are zeros elsewhere. `None` when nothing was dropped.
+    """
+
+    aux_loss: torch.Tensor | None = None
+    token_scores: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
+    input_keep_mask: torch.Tensor | None = None
+
+
+@dataclass
+class STTSMolmoCausalLMOutputWithPast(Molmo2CausalLMOutputWithPast):
+    r"""
+    Args:
+        loss (`torch.FloatTensor`, scalar, returned with `labels`): task loss + `aux_loss_weight` * auxiliary loss.
+
+    The other fields are those of [`Molmo2CausalLMOutputWithPast`] and [`STTSMolmoModelOutputWithPast`].
+    """
+
+    aux_loss: torch.Tensor | None = None
+    token_scores: torch.Tensor | None = None
+    keep_mask: torch.Tensor | None = None
+    input_keep_mask: torch.Tensor | None = None
+
+
+class STTSMolmoModel(Molmo2Model):
+    """
+    Modifications: videos lose tokens in the vision tower, and the LLM runs on what is left. Images and text take the
+    native path.
+    """
+
+    config: STTSMolmoConfig
+
+    def __init__(self, config: STTSMolmoConfig):
+        # Not Molmo2Model.__init__: it would build a plain vision tower first.
+        super(Molmo2Model, self).__init__(config)
+        self.vision_tower = STTSMolmoVisionModel(
+            config.vision_config, config.stts_config, config.adapter_config.vision_feature_layer
+        )
+        self.multi_modal_projector = Molmo2Adapter(config.adapter_config)
+        self.language_model = Molmo2TextModel(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_token_pooling: torch.Tensor,
+        video_grids: torch.Tensor,
+        prune_ratio: float | None = None,
+        method: str | None = None,
+        **kwargs,
+    ) -> STTSMolmoVideoFeatures:
+        """
+        The surviving tokens of each video, as the LLM reads them.
+
+        Args:
+            pixel_values_videos: `(frames, N, patch_size * patch_size * channels)`, all videos one after the other.
+            video_token_pooling: int `(frames * P, w * w)`, the patches of each pooled token.
+            video_grids: int `(videos, 3)`: frames, rows and columns of pooled tokens.
+            prune_ratio: share of tokens to drop, in `[0, 1)`; the config's when not given.
+            method: `"scorer"`, `"cosine"`, `"random"` or `"none"`; the config's when not given.
+
+        Raises:
+            ValueError: a ratio or method out of range, or inputs whose shapes do not belong together.
+        """
+        stts_config = self.config.stts_config
+        prune_ratio = validate_prune_ratio(stts_config.prune_ratio if prune_ratio is None else prune_ratio)
+        method = validate_method(stts_config.method if method is None else method)
+        layout = self._video_layout(pixel_values_videos, video_token_pooling, video_grids)
+        if method == "none" or prune_ratio == 0:
+            native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)
+            shape = (sum(layout.num_frames), layout.tokens_per_frame)
+            keep_mask = torch.ones(shape, dtype=torch.bool, device=pixel_values_videos.device)
+            return STTSMolmoVideoFeatures(**native, keep_mask=keep_mask)
+
+        vision = self.vision_tower(pixel_values_videos, layout=layout, prune_ratio=prune_ratio, method=method)
+        pooled = self.multi_modal_projector(vision.last_hidden_state, vision.pooled_patches_idx).last_hidden_state
+        return STTSMolmoVideoFeatures(
+            last_hidden_state=vision.last_hidden_state,
+            pooler_output=pooled.split(layout.num_kept(prune_ratio)),
+            token_scores=vision.token_scores,
+            keep_mask=vision.keep_mask,
+            aux_loss=vision.aux_loss,
+        )
+
+    def _video_layout(
+        self, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor, video_grids: torch.Tensor
+    ) -> VideoLayout:
+        grids = video_grids.tolist()
+        num_frames = [grid[0] for grid in grids]
+        if len({tuple(grid[1:]) for grid in grids}) != 1:
+            raise ValueError(
+                f"video_grids={grids} mixes grids of pooled tokens; process all videos of a batch at one `size`."
+            )
+        rows, columns = grids[0][1:]
+        expected = (sum(num_frames), sum(num_frames) * rows * columns)
+        if (pixel_values_videos.shape[0], video_token_pooling.shape[0]) != expected:
+            raise ValueError(
+                f"video_grids={grids} announces {expected[0]} frames and {expected[1]} pooled tokens, but "
+                f"pixel_values_videos has {pixel_values_videos.shape[0]} frames and video_token_pooling "
+                f"{video_token_pooling.shape[0]} rows; pass what one call of the processor returned."
+            )
+        pooling_size = self.config.stts_config.pooling_size
+        if video_token_pooling.shape[1] != pooling_size**2:
+            raise ValueError(
+                f"The processor pools {video_token_pooling.shape[1]} patches into a token, but the model was "
+                f"configured with pooling_size={pooling_size}; give both the same pooling size."
+            )
+        blocks = video_token_pooling[: rows * columns].long()
+        return VideoLayout(num_frames, (rows, columns), pixel_values_videos.shape[1], blocks)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_token_pooling: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_num_crops: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_token_pooling: torch.Tensor | None = None,
+        video_grids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prune_ratio: float | None = None,
+        method: str | None = None,
+        **kwargs,
+    ) -> STTSMolmoModelOutputWithPast:
+        """
+        As [`Molmo2Model.forward`], with videos pruned. Outputs keep the input's length; the cache, if any, holds the
+        surviving positions only.
+
+        Args:
+            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
+            mm_encoder_outputs: with `{"video": features}` from `get_video_features` the video is not encoded again.
+
+        Raises:
+            ValueError: the placeholders of `input_ids` do not fit the videos, an `attention_mask` that is not 2D, or
+                an attention implementation that cannot let vision tokens see each other.
+        """
+        self._check_attention(mm_token_type_ids)
+        if pixel_values_videos is not None and mm_encoder_outputs is None:
+            video = self.get_video_features(pixel_values_videos, video_token_pooling, video_grids, prune_ratio, method)
+            mm_encoder_outputs, pixel_values_videos = {"video": video}, None
+        video = (mm_encoder_outputs or {}).get("video")
+        keep_mask = getattr(video, "keep_mask", None)
+
+        num_new = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": _compact_cached_prompt(attention_mask, past_key_values, num_new),
+            "position_ids": position_ids,
+            "mm_token_type_ids": mm_token_type_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        compaction = None
+        if keep_mask is not None:
+            compaction = self._plan_compaction(input_ids, inputs_embeds, attention_mask, video)
+        if compaction is not None:
+            inputs = self.compact_inputs(inputs, compaction)
+
+        outputs = super().forward(
+            **inputs,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        if compaction is not None:
+            outputs.last_hidden_state = compaction.restore(outputs.last_hidden_state)
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(compaction.restore(h) for h in outputs.hidden_states)
+            _remember_prompt(outputs.past_key_values, inputs["input_ids"], compaction)
+        return STTSMolmoModelOutputWithPast(
+            **outputs,
+            aux_loss=getattr(video, "aux_loss", None),
+            token_scores=getattr(video, "token_scores", None),
+            keep_mask=keep_mask,
+            input_keep_mask=None if compaction is None else compaction.input_keep_mask,
+        )
+
+    def _check_attention(self, mm_token_type_ids: torch.Tensor | None):
+        if is_flash_attention_requested(self.config.text_config) and mm_token_type_ids is not None:
+            if not mm_token_type_ids.any():
+                return
+            raise ValueError(
+                "attn_implementation='flash_attention_2' has no mask in which vision tokens see each other: "
+                "Transformers would silently make them causal. Use attn_implementation={'vision_config': "
+                "'flash_attention_2', 'text_config': 'sdpa'}, or 'sdpa' throughout."
+            )
+
+    def _plan_compaction(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        video: STTSMolmoVideoFeatures,
+        padding_side: str | None = None,
+    ) -> Compaction | None:
+        """
+        Which input positions survive; `None` when no token was dropped.
+
+        Args:
+            padding_side: where rows are padded; found out from `attention_mask` when not given.
+        """
+        keep_mask = video.keep_mask
+        if sum(len(tokens) for tokens in video.pooler_output) == keep_mask.numel():
+            return None
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.ndim} dimensions; pruning a video needs a 2D mask "
+                "(batch, sequence), from which the mask of the shorter sequence is made."
+            )
+        if input_ids is None:
+            image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
+            placeholders = (inputs_embeds == image_embedding).all(-1)
+        else:
+            placeholders = input_ids == self.config.image_token_id
+        attended = torch.ones_like(placeholders) if attention_mask is None else attention_mask.bool()
+
+        # One wait for the device: what the host must know to give every later tensor its size.
+        num_placeholders, num_attended, first, last = torch.stack(
+            [placeholders.sum(1), attended.sum(1), attended[:, 0], attended[:, -1]]
+        ).tolist()
+        if sum(num_placeholders) != keep_mask.numel():
+            raise ValueError(
+                f"The prompt has {sum(num_placeholders)} <im_patch> placeholders, but the videos have "
+                f"{keep_mask.numel()} pooled tokens; pass text and video through one call of the processor, "
+                "without truncation."
+            )
+        dropped = torch.zeros_like(placeholders).masked_scatter(placeholders, ~keep_mask.to(placeholders.device))
+        num_dropped = dropped.sum(1).tolist()
+        lengths = [a - d for a, d in zip(num_attended, num_dropped, strict=True)]
+        if padding_side is None:
+            padding_side = "left" if not all(first) and all(last) else "right"
+        return plan_compaction(attended & ~dropped, lengths, padding_side)
+
+    def compact_inputs(self, inputs: dict[str, torch.Tensor | None], compaction: Compaction) -> dict:
+        """
+        Drop the same positions from every aligned tensor `(batch, length)`; positions stay consecutive.
+
+        Args:
+            inputs: `input_ids` or `inputs_embeds`, and any of `attention_mask`, `position_ids` and
+                `mm_token_type_ids`; the others are `None`.
+        """
+        compacted = {name: None for name in inputs}
+        attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
+        if inputs["input_ids"] is not None:
+            padding = getattr(self.config.text_config, "pad_token_id", None) or 0
+            compacted["input_ids"] = compaction.compact(inputs["input_ids"], padding)
+        if inputs.get("inputs_embeds") is not None:
+            index = compaction.positions[..., None].expand(-1, -1, inputs["inputs_embeds"].shape[-1])
+            padding_mask = ~compaction.mask[..., None]
+            compacted["inputs_embeds"] = inputs["inputs_embeds"].gather(1, index).masked_fill(padding_mask, 0)
+        if inputs["mm_token_type_ids"] is not None:
+            compacted["mm_token_type_ids"] = compaction.compact(inputs["mm_token_type_ids"])
+        if attention_mask is not None or compaction.is_padded:
+            dtype = torch.long if attention_mask is None else attention_mask.dtype
+            compacted["attention_mask"] = compaction.mask.to(dtype)
+        length = compaction.input_keep_mask.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=compaction.positions.device)[None]
+        position_ids = position_ids.expand(len(compaction.positions), -1)
+        attended = torch.ones_like(compaction.input_keep_mask) if attention_mask is None else attention_mask.bool()
+        dropped = attended & ~compaction.input_keep_mask
+        compacted["position_ids"] = consecutive_positions(position_ids, dropped).gather(1, compaction.positions)
+        return compacted
+
+
+def _compact_cached_prompt(
+    attention_mask: torch.Tensor | None, past_key_values: Cache | None, num_new: int
+) -> torch.Tensor | None:
+    """Give a mask over the user's whole sequence the length of a cache that holds a compacted prompt."""
+    prompt = getattr(past_key_values, "stts_prompt", None)
+    if prompt is None or attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    if attention_mask.shape[1] == past_key_values.get_seq_length() + num_new:  # `generate` did it already
+        return attention_mask
+    return prompt.replace_prefix(attention_mask, prompt.attention_mask)
+
+
+def _remember_prompt(cache: Cache | None, compact_ids: torch.Tensor | None, compaction: Compaction):
+    if cache is not None:
+        cache.stts_prompt = CompactPrompt(compaction.input_keep_mask.shape[1], compact_ids, compaction.mask.long())
+
+
+class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
+    """
+    Modifications: the model underneath prunes videos, the loss is computed at labelled positions only and gains the
+    auxiliary term, and `generate` prunes once, before the prompt is prefilled.
+    """
+
+    config: STTSMolmoConfig
+
+    def __init__(self, config: STTSMolmoConfig):
+        # Not Molmo2ForConditionalGeneration.__init__: it would build a plain model first.
+        super(Molmo2ForConditionalGeneration, self).__init__(config)
+        self.model = STTSMolmoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vocab_size = config.text_config.vocab_size
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_token_pooling: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_num_crops: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_token_pooling: torch.Tensor | None = None,
+        video_grids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        prune_ratio: float | None = None,
+        method: str | None = None,
+        **kwargs,
+    ) -> STTSMolmoCausalLMOutputWithPast:
+        """
+        As [`Molmo2ForConditionalGeneration.forward`], with videos pruned.
+
+        Args:
+            labels: `(batch, sequence)`, -100 where there is no loss. A label is predicted from the last surviving
+                position before it.
+            logits_to_keep: positions whose logits are computed; 0 for all. When not given: all, but none in training
+                with labels, where only the loss is read.
+            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            prune_ratio=prune_ratio,
+            method=method,
+            **kwargs,
+        )
+
+        logits = None
+        if logits_to_keep is not None or labels is None or not self.training:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep or 0))
+        loss = None
+        if labels is not None:
+            states, targets = labelled_states(outputs.last_hidden_state, labels, outputs.input_keep_mask)
+            loss = self.loss_function(
+                logits=self.lm_head(states),
+                labels=None,
+                shift_labels=targets,
+                vocab_size=self.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+            if outputs.aux_loss is not None:
+                loss = loss + self.config.stts_config.aux_loss_weight * outputs.aux_loss
+
+        return STTSMolmoCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            aux_loss=outputs.aux_loss,
+            token_scores=outputs.token_scores,
+            keep_mask=outputs.keep_mask,
+            input_keep_mask=outputs.input_keep_mask,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn: Callable | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model=None,
+        streamer: BaseStreamer | None = None,
+        prune_ratio: float | None = None,
+        method: str | None = None,
+        **kwargs,
+    ):
+        """
+        As `GenerationMixin.generate`, with videos pruned: each video is encoded once, the prompt is shortened once,
+        and whatever the caller sees (returned ids, streamer, logits processors, stopping criteria, lengths) speaks of
+        the full prompt.
+
+        Args:
+            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
+
+        A cache that comes back from a call can be passed to the next turn together with the whole conversation's
+        `input_ids` and `attention_mask`, without the pixels.
+        """
+        arguments = {
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+        }
+        callbacks = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "streamer": streamer,
+        }
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        video_inputs = {name: kwargs.pop(name, None) for name in VIDEO_INPUTS}
+        has_video = video_inputs["pixel_values_videos"] is not None
+        cache = kwargs.get("past_key_values")
+        cached_prompt = getattr(cache, "stts_prompt", None)
+
+        if has_video and cached_prompt is not None:
+            raise ValueError(
+                "past_key_values already holds a video: pass the conversation's input_ids and attention_mask without "
+                "pixel_values_videos, or start over without past_key_values."
+            )
+        if has_video and input_ids is None:
+            raise ValueError("generate() with pixel_values_videos needs input_ids; inputs_embeds alone is not enough.")
+
+        prompt = cached_prompt
+        if has_video:
+            video = self.model.get_video_features(**video_inputs, prune_ratio=prune_ratio, method=method)
+            # A copy: `generate` repeats its `pooler_output` in place for beams.
+            kwargs["mm_encoder_outputs"] = {
+                "video": BaseModelOutputWithPooling(pooler_output=tuple(video.pooler_output))
+            }
+            attention_mask = kwargs.get("attention_mask")
+            compaction = self.model._plan_compaction(input_ids, None, attention_mask, video, padding_side="left")
+            if compaction is not None:
+                aligned = ("attention_mask", "position_ids", "mm_token_type_ids")
+                compact = self.model.compact_inputs(
+                    {"input_ids": input_ids, **{name: kwargs.get(name) for name in aligned}}, compaction
+                )
+                if kwargs.get("position_ids") is None:  # `generate` makes them from the mask
+                    del compact["position_ids"]
+                prompt = CompactPrompt(input_ids.shape[1], compact.pop("input_ids"), compaction.mask.long())
+                kwargs.update(compact, attention_mask=prompt.attention_mask)
+        elif cached_prompt is not None:
+            kwargs["attention_mask"] = cached_prompt.attend(input_ids, kwargs.get("attention_mask"))
+
+        if prompt is None:
+            return super().generate(input_ids, **arguments, **callbacks, **kwargs)
+
+        view = FullPromptView(input_ids, prompt)
+        self._translate_lengths(arguments["generation_config"], kwargs, view.num_dropped)
+        outputs = super().generate(view.compact_ids, **arguments, **view.wrap(**callbacks), **kwargs)
+        if isinstance(outputs, torch.Tensor):
+            sequences = outputs = view.restore(outputs)
+        else:
+            sequences = outputs.sequences = view.restore(outputs.sequences)
+            cache = outputs.get("past_key_values", cache)
+        if cache is not None:
+            cache.stts_prompt = prompt.repeat(len(sequences))
+        return outputs
+
+    def _translate_lengths(self, generation_config, kwargs: dict, num_dropped: int):
+        """`max_length` and `min_length` count the full prompt; put in `kwargs` what they are for the short one."""
+        for name in ("max_length", "min_length"):
+            sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
+            length = next((value for value in sources if value is not None), None)
+            if length:
+                kwargs[name] = max(length - num_dropped, 0)
+
+
+VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
+
+
+def labelled_states(
+    hidden_states: torch.Tensor, labels: torch.Tensor, input_keep_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The states that predict a label, and the labels: the shift by one happens among surviving positions.
+
+    Args:
+        hidden_states: `(batch, length, C)`.
+        labels: `(batch, length)`, -100 for no label.
+        input_keep_mask: bool `(batch, length)`, `None` when all survive.
+
+    Returns:
+        `(num_labels, C)` and `(num_labels,)`.
+    """
+    labels = labels.to(hidden_states.device)
+    positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    if input_keep_mask is not None:
+        positions = positions.masked_fill(~input_keep_mask, 0).cummax(1).values
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return hidden_states[rows, positions[rows, columns]], labels[rows, columns + 1]
+
+
+class FullPromptView:
+    """
+    Stands between `generate` on a compacted prompt and a caller who knows the full one.
+
+    Args:
+        input_ids: int64 `(batch, length)`, what the caller passed; in a later turn more than the prompt.
+        prompt: the compacted part of it.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, prompt: CompactPrompt):
+        self.input_ids = input_ids
+        self.compact_ids = prompt.replace_prefix(input_ids, prompt.input_ids)
+        self.num_dropped = input_ids.shape[1] - self.compact_ids.shape[1]
+
+    def restore(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Put the full prompt in front of what follows the compact one, in `(batch * n, compact_length + new)`."""
+        full = self.input_ids.repeat_interleave(len(sequences) // len(self.input_ids), dim=0)
+        return torch.cat([full, sequences[:, self.compact_ids.shape[1] :]], dim=1)
+
+    def wrap(self, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer) -> dict:
+        """Let the caller's own callbacks see full sequences."""
+
+        def on_full_ids(callback: Callable) -> Callable:
+            return lambda input_ids, scores, **kwargs: callback(self.restore(input_ids), scores, **kwargs)
+
+        def allowed_tokens(batch_id: int, sequence: torch.Tensor) -> list[int]:
+            full = torch.cat([self.input_ids[batch_id], sequence[self.compact_ids.shape[1] :]])
+            return prefix_allowed_tokens_fn(batch_id, full)
+
+        return {
+            "logits_processor": logits_processor and LogitsProcessorList(map(on_full_ids, logits_processor)),
+            "stopping_criteria": stopping_criteria and StoppingCriteriaList(map(on_full_ids, stopping_criteria)),
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn and allowed_tokens,
+            "streamer": streamer and FullPromptStreamer(streamer, self.input_ids),
+        }
+
+
+class FullPromptStreamer(BaseStreamer):
+    """Hands the full prompt to `streamer` where `generate` puts the compact one: in its first call."""
+
+    def __init__(self, streamer: BaseStreamer, input_ids: torch.Tensor):
+        self.streamer = streamer
+        self.pending_prompt = input_ids
+
+    def put(self, value):
+        if self.pending_prompt is not None:
+            value, self.pending_prompt = self.pending_prompt.cpu(), None
+        self.streamer.put(value)
+
+    def end(self):
+        self.streamer.end()
+
+
+STTSMolmoModel.register_for_auto_class("AutoModel")
+STTSMolmoForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["STTSMolmoForConditionalGeneration", "STTSMolmoModel", "STTSMolmoVisionModel"]
