@@ -1,6 +1,6 @@
 """The tiny Molmo2 of the quality study: tokenizer, chat template, processor, geometry and initial weights.
 
-    python benchmarks/quality/tiny.py checkpoints/stts-molmo-tiny      # writes tokenizer and processor files
+python benchmarks/quality/tiny.py checkpoints/stts-molmo-tiny      # writes tokenizer and processor files
 """
 
 import argparse
@@ -187,7 +187,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Molmo2Config:
 
 @torch.no_grad()
 def init_weights_by_fan_in(model: nn.Module) -> None:
-    """Linear weights ~ N(0, 1/fan_in), biases 0, embeddings and positions ~ N(0, 0.5): a tiny model learns from these."""
+    """Linear weights ~ N(0, 1/fan_in), biases 0, embeddings and positions ~ N(0, 0.25)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
