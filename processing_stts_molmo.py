@@ -19,13 +19,20 @@ import av
 import numpy as np
 import torch
 from huggingface_hub import get_session
+from huggingface_hub.errors import HTTPError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
-from transformers.video_utils import VideoInput, VideoMetadata
+from transformers.video_utils import (
+    VideoInput,
+    VideoMetadata,
+    is_valid_video,
+    make_batched_metadata,
+    make_batched_videos,
+)
 
 from .configuration_stts_molmo import validate_prune_ratio
 
@@ -33,6 +40,9 @@ logger = logging.get_logger(__name__)
 
 # Two clocks may differ in the last bit; a frame that starts less than this after a sample time counts as shown then.
 TIME_TOLERANCE = 1e-6  # seconds
+
+# A jump empties the decoder's threads, which costs about as much as decoding this many frames.
+MIN_FRAMES_TO_JUMP = 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,8 +117,8 @@ def sample_frame_indices(frame_times: np.ndarray, sample_times: np.ndarray) -> n
 class EncodedVideo(str):
     """An open video file that passes as the `str` which Transformers' batching of videos takes for a file."""
 
-    def __new__(cls, file: io.IOBase):
-        self = super().__new__(cls, f"<{type(file).__name__}>")
+    def __new__(cls, file: io.IOBase, name: str | None = None):
+        self = super().__new__(cls, name or f"<{type(file).__name__}>")
         self.file = file
         return self
 
@@ -178,15 +188,22 @@ def wrap_encoded_videos(videos: VideoInput):
     )
 
 
-def download(url: str) -> io.IOBase:
-    """Fetch `url` with the HTTP client of `huggingface_hub` into a temporary file (on disk, not in memory)."""
+def download(url: str) -> EncodedVideo:
+    """
+    Fetch `url` with the HTTP client of `huggingface_hub` into a temporary file: on disk, whatever its size.
+
+    Raises:
+        ValueError: the server cannot be reached or does not serve the file.
+    """
     file = tempfile.TemporaryFile()
-    with get_session().stream("GET", url) as response:
-        if response.is_error:
-            raise ValueError(f"The video {url} could not be downloaded: HTTP status {response.status_code}.")
-        for chunk in response.iter_bytes():
-            file.write(chunk)
-    return file
+    try:
+        with get_session().stream("GET", url) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+    except HTTPError as error:
+        raise ValueError(f"The video {url!r} cannot be downloaded ({error}); check the address.") from error
+    return EncodedVideo(file, name=url)
 
 
 @contextlib.contextmanager
@@ -235,44 +252,45 @@ def read_frame_index(video: str) -> FrameIndex:
     """
     Read when each frame is shown. No frame is decoded, so this costs one pass over the bytes of the file.
 
+    Warns where the file ends before the end that its container declares.
+
     Raises:
         FileNotFoundError, ValueError: as `open_video`; also when no packet tells when its frame is shown.
     """
     with open_video(video) as (container, stream):
-        packets = [
-            (packet.pts, packet.is_keyframe)
-            for packet in container.demux(stream)
-            if packet.pts is not None and not packet.is_discard
-        ]
+        packets = []
+        with contextlib.suppress(av.FFmpegError):  # data that cannot be read ends the video
+            for packet in container.demux(stream):
+                if packet.pts is not None:
+                    end = packet.pts + (packet.duration or 0)
+                    packets.append((packet.pts, end, packet.is_keyframe, packet.is_discard))
         if not packets:
             raise ValueError(f"{video!r} has no frames with a presentation time; re-encode it as mp4, webm or mkv.")
-        pts, is_keyframe = map(np.array, zip(*packets, strict=True))
+        pts, end, is_keyframe, is_discard = map(np.array, zip(*packets, strict=True))
+        warn_if_truncated(video, container, stream, len(pts), float((end.max() - pts.min()) * stream.time_base))
         keyframes = np.unique(pts[is_keyframe]) if is_keyframe.any() else pts[:1]
-        index = FrameIndex(
-            # Nothing can be decoded before the first key frame, in a recording that starts amid a stream.
-            np.unique(pts[pts >= keyframes[0]]),
-            keyframes,
-            stream.time_base,
-            stream.average_rate,
-        )
-        declared, found = stream.frames, len(packets)
-        unit = "frames"
-        if not declared and container.duration:
-            declared, found = container.duration / av.time_base, float((pts.max() - pts.min()) * stream.time_base)
-            unit = "seconds"
-        # Audio may well go on for a moment after the last frame.
-        if found < declared - (1 if unit == "seconds" else 0):
-            logger.warning(
-                f"{video!r} looks truncated: it declares {declared:g} {unit} and has {found:g}. Using what is there."
-            )
-        return index
+        # Nothing before the first key frame can be decoded, in a recording that starts amid a stream.
+        shown = np.unique(pts[~is_discard & (pts >= keyframes[0])])
+        return FrameIndex(shown, keyframes, stream.time_base, stream.average_rate)
+
+
+def warn_if_truncated(video: str, container, stream: av.VideoStream, num_frames: int, duration: float) -> None:
+    """Warn if a file has less than its container declares: frames, or seconds where it does not count frames."""
+    declared = (container.duration or 0) / av.time_base
+    if num_frames < stream.frames:
+        missing = f"{num_frames} of the {stream.frames} frames"
+    elif not stream.frames and duration + 0.5 < declared:  # audio may well go on for a moment
+        missing = f"{duration:.1f} of the {declared:.1f} seconds"
+    else:
+        return
+    logger.warning(f"{video!r} looks truncated: it has {missing} that it declares. Using these.")
 
 
 def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterator[av.VideoFrame]:
     """
     Decode the frames on display at given times. One frame is held at a time.
 
-    Decoding goes on from frame to frame, and jumps where a key frame lies between two targets.
+    Decoding goes on from frame to frame, and jumps to the last key frame before a target that is far ahead.
 
     Args:
         video (`str`): path of a file, or an `EncodedVideo`.
@@ -281,29 +299,30 @@ def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterato
 
     Yields:
         `av.VideoFrame`: per target the last decodable frame whose `pts` is at most the target; none where there is
-        no such frame. Damaged data ends a run of frames, and decoding goes on at the next key frame.
+        no such frame. Data that cannot be decoded ends a run of frames; the next jump starts another.
     """
     with open_video(video) as (container, stream):
         frames = iterate_frames(container, stream)
-        position, shown, ahead = index.keyframes[0], None, None
+        position, shown, ahead = index.pts[0], None, None
         for target in targets:
             keyframes = index.keyframes[: np.searchsorted(index.keyframes, target, side="right")]
-            if keyframes[-1] > position:
+            start, stop = np.searchsorted(index.pts, [position, keyframes[-1]])
+            if stop - start > MIN_FRAMES_TO_JUMP:
                 frames, ahead = seek_frames(container, stream, keyframes), None
             while shown is None or shown.pts < target:
                 ahead = ahead or next(frames, None)
                 if ahead is None or ahead.pts > target:
                     break
                 shown, ahead = ahead, None
-            position = target
             if shown is not None:
+                position = shown.pts
                 yield shown
 
 
 def iterate_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """The frames from here on, up to the end or to data that cannot be decoded."""
     with contextlib.suppress(av.FFmpegError):
-        yield from container.decode(stream)
+        yield from (frame for frame in container.decode(stream) if frame.pts is not None)
 
 
 def seek_frames(
@@ -321,13 +340,39 @@ def seek_frames(
 
 def to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
     """Convert a frame to uint8 `(rows, columns, 3)` at `width x height`, then turn it as its metadata says."""
-    # `rotation` is counterclockwise, as is `rot90`.
-    return np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), k=round(frame.rotation / 90))
+    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
+    # `rotation` is counterclockwise, as is `rot90`; torch takes no negative strides.
+    return np.ascontiguousarray(np.rot90(rgb, k=round(frame.rotation / 90)))
+
+
+def decode_clip(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor | None, np.ndarray]:
+    """
+    Decode the frames on display at `targets` (as `decode_frames`), each once.
+
+    Returns:
+        `torch.Tensor`, `np.ndarray`: uint8 `(num_frames, 3, height, width)`, upright, and the frames' presentation
+        times, int64 `(num_frames,)`. With damaged data `num_frames < num_targets`; with no frame at all the clip is
+        `None`.
+    """
+    clip, taken = None, []
+    for frame in decode_frames(video, index, targets):
+        if clip is None:
+            width, height = frame.width, frame.height
+        elif frame.pts == taken[-1]:
+            continue
+        rgb = to_rgb(frame, width, height)
+        if clip is None:
+            clip = torch.empty((len(targets), 3, *rgb.shape[:2]), dtype=torch.uint8)
+        clip[len(taken)] = torch.from_numpy(rgb).permute(2, 0, 1)
+        taken.append(frame.pts)
+    return None if clip is None else clip[: len(taken)], np.array(taken, dtype=np.int64)
 
 
 def read_video(video: str, sample_indices_fn: Callable | None = None) -> tuple[torch.Tensor, TimedVideoMetadata]:
     """
     Decode the sampled frames of a video file. No others are held in memory.
+
+    A damaged file is sampled again among the frames before the damage, with a warning.
 
     Args:
         video (`str`): path of a file, or an `EncodedVideo`.
@@ -346,27 +391,18 @@ def read_video(video: str, sample_indices_fn: Callable | None = None) -> tuple[t
     while True:
         metadata = index.metadata()
         indices = np.arange(len(index.pts)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
-        targets = index.pts[np.asarray(indices)]
-        clip, taken = None, []
-        for frame in decode_frames(video, index, targets):
-            if taken and frame.pts == taken[-1]:
-                continue
-            if clip is None:
-                width, height = frame.width, frame.height
-                rows, columns, channels = to_rgb(frame, width, height).shape
-                clip = torch.empty((len(targets), channels, rows, columns), dtype=torch.uint8)
-            clip[len(taken)] = torch.from_numpy(to_rgb(frame, width, height).copy()).permute(2, 0, 1)
-            taken.append(frame.pts)
-        if not taken:
+        clip, taken = decode_clip(video, index, index.pts[indices])
+        if clip is None:
             raise ValueError(f"No frame of {video!r} can be decoded; the file is damaged.")
-        end = np.searchsorted(index.pts, taken[-1], side="right")
-        if len(taken) == len(targets) or end == len(index.pts):
-            break
-        logger.warning(f"{video!r} is damaged: using the {end} of {len(index.pts)} frames before the damage.")
-        index = index._replace(pts=index.pts[:end])
-    metadata.frames_indices = np.searchsorted(index.pts, taken, side="right") - 1
-    metadata.height, metadata.width = clip.shape[-2:]
-    return clip[: len(taken)], metadata
+        metadata.frames_indices = np.searchsorted(index.pts, taken, side="right") - 1
+        metadata.height, metadata.width = clip.shape[-2:]
+        if len(taken) == len(indices):
+            return clip, metadata
+        logger.warning(f"{video!r} is damaged: {len(taken)} of {len(indices)} sampled frames can be decoded.")
+        before_damage = index.pts[index.pts <= taken[-1]]
+        if len(before_damage) == len(index.pts):
+            return clip, metadata
+        index = index._replace(pts=before_damage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,12 +527,21 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             clips = [self.fetch_videos(video, sample_indices_fn=sample_indices_fn) for video in video_url_or_urls]
             return list(zip(*clips, strict=True))
         if video_url_or_urls.startswith(("http://", "https://")):
-            with download(video_url_or_urls) as file:
-                return read_video(EncodedVideo(file), sample_indices_fn)
+            video = download(video_url_or_urls)
+            with video.file:
+                return read_video(video, sample_indices_fn)
         return read_video(video_url_or_urls, sample_indices_fn)
 
-    def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
-        return super()._decode_and_sample_videos(wrap_encoded_videos(videos), *args, **kwargs)
+    def _decode_and_sample_videos(self, videos: VideoInput, video_metadata=None, do_sample_frames=None, **kwargs):
+        videos = make_batched_videos(wrap_encoded_videos(videos))
+        video_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
+        for video, metadata in zip(videos, video_metadata, strict=True):
+            if do_sample_frames and is_valid_video(video) and len(video) < metadata.total_num_frames:
+                raise ValueError(
+                    f"The video has {len(video)} frames, but its metadata says {metadata.total_num_frames}. If these "
+                    "are frames already sampled, pass do_sample_frames=False and their `frames_indices`."
+                )
+        return super()._decode_and_sample_videos(videos, video_metadata, do_sample_frames, **kwargs)
 
     def _build_video_patches(self, video: torch.Tensor, **kwargs):
         # Frame by frame: the float copy that the resize makes is then one frame, not the clip. Same values, faster.
