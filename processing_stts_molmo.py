@@ -18,8 +18,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from huggingface_hub import get_session
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import httpx
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
@@ -190,18 +190,18 @@ def wrap_encoded_videos(videos: VideoInput):
 
 def download(url: str) -> EncodedVideo:
     """
-    Fetch `url` with the HTTP client of `huggingface_hub` into a temporary file: on disk, whatever its size.
+    Fetch `url` into a temporary file, which is on disk whatever its size.
 
     Raises:
         ValueError: the server cannot be reached or does not serve the file.
     """
     file = tempfile.TemporaryFile()
     try:
-        with get_session().stream("GET", url) as response:
+        with httpx.stream("GET", url, follow_redirects=True) as response:
             response.raise_for_status()
             for chunk in response.iter_bytes():
                 file.write(chunk)
-    except HTTPError as error:
+    except httpx.HTTPError as error:
         raise ValueError(f"The video {url!r} cannot be downloaded ({error}); check the address.") from error
     return EncodedVideo(file, name=url)
 
@@ -557,6 +557,12 @@ class STTSMolmoProcessor(Molmo2Processor):
     Molmo2 writes the time in seconds before each frame. For a decoded file these are the frames' presentation times,
     also where the frame rate varies.
     """
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # AutoVideoProcessor would ask the user to trust the checkpoint's copy of this very file.
+        loaders = AutoImageProcessor, STTSMolmoVideoProcessor, AutoTokenizer
+        return [loader.from_pretrained(pretrained_model_name_or_path, **kwargs) for loader in loaders]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if videos is not None:
