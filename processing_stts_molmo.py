@@ -459,7 +459,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
 
     @classmethod
     def get_video_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        hub_kwargs = dict(kwargs)
+        hub_kwargs = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
         values, kwargs = super().get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
         with contextlib.suppress(OSError):  # a processor saved without its model
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
@@ -560,9 +560,13 @@ class STTSMolmoProcessor(Molmo2Processor):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # AutoVideoProcessor would ask the user to trust the checkpoint's copy of this very file.
-        loaders = AutoImageProcessor, STTSMolmoVideoProcessor, AutoTokenizer
-        return [loader.from_pretrained(pretrained_model_name_or_path, **kwargs) for loader in loaders]
+        # AutoVideoProcessor would ask the user to trust the checkpoint's copy of this very file, and AutoTokenizer,
+        # for a model config that it does not need, that of the configuration.
+        return [
+            AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            STTSMolmoVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs),
+        ]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if videos is not None:
