@@ -1019,13 +1019,12 @@ class STTSMolmoModel(Molmo2Model):
         if attention_mask is not None or compaction.is_padded:
             dtype = torch.long if attention_mask is None else attention_mask.dtype
             compacted["attention_mask"] = compaction.mask.to(dtype)
-        length = compaction.input_keep_mask.shape[1]
-        if position_ids is None:
-            position_ids = torch.arange(length, device=compaction.positions.device)[None]
-        position_ids = position_ids.expand(len(compaction.positions), -1)
-        attended = torch.ones_like(compaction.input_keep_mask) if attention_mask is None else attention_mask.bool()
-        dropped = attended & ~compaction.input_keep_mask
-        compacted["position_ids"] = consecutive_positions(position_ids, dropped).gather(1, compaction.positions)
+        if position_ids is not None:
+            dropped = ~compaction.input_keep_mask
+            if attention_mask is not None:
+                dropped &= attention_mask.bool()
+            position_ids = consecutive_positions(position_ids.expand_as(dropped), dropped)
+            compacted["position_ids"] = position_ids.gather(1, compaction.positions)
         return compacted
 
 
@@ -1122,16 +1121,20 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep or 0))
         loss = None
         if labels is not None:
+            num_items_in_batch = kwargs.get("num_items_in_batch")
             states, targets = labelled_states(outputs.last_hidden_state, labels, outputs.input_keep_mask)
             loss = self.loss_function(
                 logits=self.lm_head(states),
                 labels=None,
                 shift_labels=targets,
                 vocab_size=self.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                num_items_in_batch=num_items_in_batch,
             )
             if outputs.aux_loss is not None:
-                loss = loss + self.config.stts_config.aux_loss_weight * outputs.aux_loss
+                # The Trainer adds up the losses of micro-batches and devices: the task loss in them is a share of a
+                # mean over all their labels, and so must be the auxiliary loss.
+                share = 1.0 if num_items_in_batch is None else len(targets) / num_items_in_batch
+                loss = loss + self.config.stts_config.aux_loss_weight * share * outputs.aux_loss
 
         return STTSMolmoCausalLMOutputWithPast(
             loss=loss,
@@ -1211,8 +1214,6 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
                 compact = self.model.compact_inputs(
                     {"input_ids": input_ids, **{name: kwargs.get(name) for name in aligned}}, compaction
                 )
-                if kwargs.get("position_ids") is None:  # `generate` makes them from the mask
-                    del compact["position_ids"]
                 prompt = CompactPrompt(input_ids.shape[1], compact.pop("input_ids"), compaction.mask.long())
                 kwargs.update(compact, attention_mask=prompt.attention_mask)
         elif cached_prompt is not None:
@@ -1259,12 +1260,13 @@ def labelled_states(
     Returns:
         `(num_labels, C)` and `(num_labels,)`.
     """
-    labels = labels.to(hidden_states.device)
-    positions = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    targets = labels[:, 1:].to(hidden_states.device)
+    positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     if input_keep_mask is not None:
-        positions = positions.masked_fill(~input_keep_mask, 0).cummax(1).values
-    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-    return hidden_states[rows, positions[rows, columns]], labels[rows, columns + 1]
+        positions = positions.masked_fill(~input_keep_mask[:, :-1], -1).cummax(1).values
+    # A label with no survivor before it (the first one of a left-padded row) has nothing to be predicted from.
+    rows, columns = ((targets != -100) & (positions >= 0)).nonzero(as_tuple=True)
+    return hidden_states[rows, positions[rows, columns]], targets[rows, columns]
 
 
 class FullPromptView:

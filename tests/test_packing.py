@@ -1,0 +1,181 @@
+"""Packed attention in its two forms against a slow masked reference, values and gradients."""
+
+import pytest
+import torch
+from conftest import make_model, video_tensors
+from hypothesis import given
+from hypothesis import strategies as st
+from stts_molmo.modeling_stts_molmo import (
+    Bins,
+    VideoLayout,
+    first_fit_descending,
+    fold_key_bias,
+    refill_lone_frames,
+    varlen_attention,
+)
+
+
+def brute_force_bins(counts: list[int], capacity: int) -> Bins:
+    """Algorithm 1 with its arrays spelled out."""
+    order = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
+    bins: list[list[int]] = [[] for _ in counts]
+    assignment, offsets = [None] * len(counts), [None] * len(counts)
+    for frame in order:
+        for index, frames in enumerate(bins):
+            load = sum(counts[f] for f in frames)
+            if load + counts[frame] <= capacity:
+                assignment[frame], offsets[frame] = index, load
+                frames.append(frame)
+                break
+    return Bins(assignment, offsets, len({assignment[f] for f in order if counts[f]}))
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30))
+def test_first_fit_descending_equals_brute_force(counts):
+    assert first_fit_descending(counts, 12) == brute_force_bins(counts, 12)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30))
+def test_bins_hold_every_frame_once_without_overlap(counts):
+    assignment, offsets, num_bins = first_fit_descending(counts, 12)
+    slots = [
+        (b, offset + i)
+        for b, offset, count in zip(assignment, offsets, counts, strict=True)
+        for i in range(count)
+    ]
+    assert len(set(slots)) == sum(counts)
+    assert all(0 <= b < num_bins and 0 <= slot < 12 for b, slot in slots)
+
+
+def test_a_frame_larger_than_a_bin_is_refused():
+    with pytest.raises(ValueError, match="13 tokens does not fit a bin of 12"):
+        first_fit_descending([3, 13], 12)
+
+
+def masked_reference(tower, hidden_states, keep_mask, layout):
+    """Late layers on full frames, where no token attends to a dropped patch; survivors block by block."""
+    patch_keep = torch.zeros(hidden_states.shape[:2], dtype=torch.bool)
+    for frame, block in keep_mask.nonzero().tolist():
+        patch_keep[frame, layout.blocks[block][layout.blocks[block] >= 0]] = True
+    mask = torch.zeros(patch_keep.shape).masked_fill(~patch_keep, torch.finfo(torch.float32).min)[:, None, None]
+    outputs = {}
+    for index in range(tower.stts_config.prune_layer + 2, max(tower.feature_layers) + 1):
+        layer = tower.layers[index]
+        attn = layer.self_attn
+        normed = layer.layer_norm1(hidden_states)
+        q, k, v = (p(normed).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in attn_projections(attn))
+        weights = (q @ k.transpose(2, 3) * attn.scaling + mask).softmax(-1)
+        hidden_states = hidden_states + attn.o_proj((weights @ v).transpose(1, 2).flatten(2))
+        hidden_states = hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+        outputs[index] = hidden_states
+    features = torch.cat([outputs[index] for index in tower.feature_layers], dim=-1)
+    rows = [
+        features[frame, patch] if patch >= 0 else torch.zeros(features.shape[-1])
+        for frame, block in keep_mask.nonzero().tolist()
+        for patch in layout.blocks[block].tolist()
+    ]
+    return torch.stack(rows).unflatten(0, (-1, layout.blocks.shape[1]))
+
+
+def attn_projections(attn):
+    return attn.q_proj, attn.k_proj, attn.v_proj
+
+
+def layout_of(num_frames, grid):
+    videos = video_tensors(num_frames, grid)
+    rows, columns = videos["video_grids"][0, 1:].tolist()
+    return VideoLayout(num_frames, (rows, columns), grid * grid, videos["video_token_pooling"][: rows * columns].long())
+
+
+KEEP_CASES = {
+    "ragged": [[1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]],
+    "frames with none": [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+    "all kept": [[1, 1, 1, 1]] * 3,
+    "one frame": [[1, 1, 1, 1]],
+}
+
+
+def gather_features(tower, hidden_states, keep_mask, layout):
+    features, slots = tower.encode_survivors(hidden_states, keep_mask, int(keep_mask.sum()), layout)
+    return features[0][slots.clamp_min(0)] * (slots >= 0)[..., None]
+
+
+@pytest.mark.parametrize("grid", [6, 5], ids=["dense blocks", "padded blocks"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"], ids=["bins", "varlen"])
+@pytest.mark.parametrize("case", KEEP_CASES)
+def test_packings_equal_the_masked_reference(case, attn, grid):
+    tower = make_model(grid, attn).model.vision_tower
+    keep_mask = torch.tensor(KEEP_CASES[case], dtype=torch.bool)
+    layout = layout_of([len(keep_mask)], grid)
+    results = []
+    for run in (gather_features, masked_reference):
+        tower.zero_grad()
+        hidden_states = torch.randn(len(keep_mask), grid * grid, 16, generator=torch.Generator().manual_seed(1))
+        hidden_states.requires_grad_()
+        features = run(tower, hidden_states, keep_mask, layout)
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2))
+        (features * weights).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None}
+        results.append((features, hidden_states.grad, gradients))
+    (features, inputs, gradients), (expected_features, expected_inputs, expected_gradients) = results
+    assert features.shape == (int(keep_mask.sum()), 9, 32)
+    torch.testing.assert_close(features, expected_features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs, expected_inputs, atol=1e-5, rtol=1e-4)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_varlen_attention_in_bfloat16():
+    query, key, value = torch.randn(3, 20, 2, 8)
+    cu_seqlens = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    exact = varlen_attention(query, key, value, cu_seqlens, 13, 8**-0.5)
+    half = varlen_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), cu_seqlens, 13, 8**-0.5)
+    torch.testing.assert_close(half.float(), exact, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_folded_bias_equals_an_additive_mask(dtype, tolerance):
+    query, key, value = torch.randn(3, 4, 2, 9, 8, dtype=torch.float64)
+    results = []
+    for fold in (True, False):
+        bias = (torch.rand(4, 9, generator=torch.Generator().manual_seed(3)) * 13 - 13.8).requires_grad_()
+        tensors = [x.to(dtype if fold else torch.float64).requires_grad_() for x in (query, key, value)]
+        q, k, v = tensors
+        if fold:
+            q, k, v = fold_key_bias(q, k, v, bias, 8**-0.5)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=8**-0.5)[..., :8]
+        else:
+            out = ((q @ k.transpose(2, 3)) * 8**-0.5 + bias[:, None, None].double()).softmax(-1) @ v
+        (out.float() * torch.arange(8)).sum().backward()
+        results.append([out.float(), bias.grad, *(x.grad.float() for x in tensors)])
+    for folded, expected in zip(*results, strict=True):
+        torch.testing.assert_close(folded, expected, atol=tolerance * expected.abs().max().item(), rtol=tolerance)
+
+
+def test_bias_layer_is_the_same_in_eager_and_sdpa():
+    bias = (torch.rand(3, 36) * 5 - 5)[:, None, None]
+    hidden_states = torch.randn(3, 36, 16)
+    eager, sdpa = (make_model(attn=attn).model.vision_tower.layers[2](hidden_states, bias) for attn in ("eager", "sdpa"))
+    torch.testing.assert_close(eager, sdpa, atol=1e-5, rtol=1e-5)
+
+
+def test_refill_gives_lone_frames_their_tokens_back():
+    layout = layout_of([4], 6)
+    keep_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    # Bins of four blocks: frame 0 is full, frame 1 leaves no room for two blocks, frames 2 and 3 share one.
+    assert refill_lone_frames(keep_mask, layout).sum(1).tolist() == [4, 4, 2, 2]
+    keep_mask[2] = False
+    assert refill_lone_frames(keep_mask, layout).sum(1).tolist() == [4, 4, 0, 4]
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_refilled_frames_are_context_only(attn):
+    tower = make_model(attn=attn, refill_lone_frames=True).model.vision_tower
+    layout = layout_of([4], 6)
+    keep_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    hidden_states = torch.randn(4, 36, 16)
+    features = gather_features(tower, hidden_states, keep_mask, layout)
+    context = masked_reference(tower, hidden_states, refill_lone_frames(keep_mask, layout), layout)
+    expected = context[keep_mask[refill_lone_frames(keep_mask, layout)]]
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
