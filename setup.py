@@ -4,7 +4,7 @@ from setuptools import setup
 
 README = Path(__file__).parent / "README.md"
 
-TRAIN = ["accelerate", "datasets"]
+TRAIN = ["datasets"]
 TEST = [*TRAIN, "hypothesis", "matplotlib", "pytest", "ruff", "setuptools"]
 
 setup(
@@ -22,6 +22,7 @@ setup(
     package_dir={"stts_molmo": ".", "stts_kernels": "stts_kernels"},
     package_data={"stts_molmo": ["checkpoints/stts-molmo-tiny/*"]},
     install_requires=[
+        "accelerate",
         "av",
         "torch",
         "torchvision",

@@ -302,16 +302,16 @@ print((peak() - before) * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
 def test_memory_does_not_grow_with_the_checkpoint(source, tmp_path):
     config = Molmo2Config(**config_dict())
-    config.text_config.vocab_size = config.image_start_token_id = 2_000_000
+    config.text_config.vocab_size = config.image_start_token_id = 1_000_000
     with torch.device("meta"):
         large = Molmo2ForConditionalGeneration(config)
     large.to_empty(device="cpu").save_pretrained(tmp_path / "large")
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
-    assert size > 500e6
+    assert size > 250e6
     arguments = [source, tmp_path / "large", tmp_path / "stts", tmp_path / "large-stts"]
     output = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
-    assert int(output.stdout) < size / 5
+    assert int(output.stdout) < size / 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,321 @@
+"""The command line: answers, figures, JSON, and for every mistake one message, exit code 2 and no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from stts_molmo.cli import BUNDLED_CHECKPOINT, app
+from transformers import Molmo2ForConditionalGeneration
+from typer.testing import CliRunner
+
+QUESTION = "What color is the ball?"
+NUM_FRAMES = 50  # at 10 a second; at 2 a second up to the last frame, 4.9 s in, that makes 11 samples
+NUM_SAMPLES, TOKENS_PER_FRAME = 11, 9
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ask_json(*arguments) -> dict:
+    result = run("ask", *arguments, "--json", "--max-new-tokens", 3, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def write_video(path: Path, num_frames: int) -> Path:
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for index in range(num_frames):
+            image = np.zeros((64, 64, 3), np.uint8)
+            image[20:40, index : index + 14] = (255, 0, 0)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return write_video(tmp_path_factory.mktemp("clips") / "clip.mp4", NUM_FRAMES)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of the bundled checkpoint, to be damaged."""
+    return Path(shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def molmo2(tmp_path_factory) -> Path:
+    """The bundled checkpoint's Molmo2."""
+    folder = tmp_path_factory.mktemp("models") / "molmo2"
+    config = json.loads((BUNDLED_CHECKPOINT / "config.json").read_text())
+    del config["stts_config"], config["auto_map"]
+    shutil.copytree(BUNDLED_CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors*", "config.json"))
+    model = Molmo2ForConditionalGeneration.from_pretrained(BUNDLED_CHECKPOINT, config=config)
+    model.save_pretrained(folder)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ask
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_ask_prints_answer_and_one_line_of_figures(clip):
+    result = run("ask", clip, QUESTION, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    *answer, figures = result.stdout.splitlines()
+    assert answer
+    assert figures.startswith(f"{NUM_SAMPLES} frames, vision tokens 99 -> 50 (prune ratio 0.5), seconds: decode ")
+
+
+def test_ask_json_is_one_object_in_a_fresh_process(clip):
+    command = [sys.executable, "-c", "from stts_molmo.cli import app; app()", "ask", clip, QUESTION, "--json"]
+    output = subprocess.run(command, capture_output=True, text=True, check=False, cwd=clip.parent)
+    assert output.returncode == 0, output.stderr
+    result = json.loads(output.stdout)
+    assert list(result) == ["answer", "frames", "prune_ratio", "vision_tokens", "seconds"]
+    assert isinstance(result["answer"], str)
+    assert (result["frames"], result["prune_ratio"]) == (NUM_SAMPLES, 0.5)
+    assert result["vision_tokens"] == {"before": 99, "after": 50}  # 99 - floor(49.5)
+    assert list(result["seconds"]) == ["decode", "preprocess", "generate"]
+    assert all(value > 0 for value in result["seconds"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "num_frames", "ratio", "kept"),
+    [
+        (["--prune-ratio", 0], 11, 0, 99),
+        (["--prune-ratio", 0.9], 11, 0.9, 10),  # floor(89.1) of 99 go
+        (["--num-frames", 4], 4, 0.5, 18),
+        (["--num-frames", 4, "--test-time-scaling"], 8, 0.5, 36),
+        (["--num-frames", 4, "--test-time-scaling", "--prune-ratio", 0.2], 5, 0.2, 36),
+        (["--num-frames", 1], 1, 0.5, 9),
+        (["--dtype", "bfloat16"], 11, 0.5, 50),
+    ],
+    ids=str,
+)
+def test_options_reach_processor_and_model(clip, options, num_frames, ratio, kept):
+    result = ask_json(clip, QUESTION, *options)
+    assert (result["frames"], result["prune_ratio"]) == (num_frames, ratio)
+    assert result["vision_tokens"] == {"before": num_frames * TOKENS_PER_FRAME, "after": kept}
+
+
+def test_one_frame_video_keeps_everything(tmp_path):
+    result = ask_json(write_video(tmp_path / "still.mp4", 1), QUESTION)
+    assert (result["frames"], result["vision_tokens"]) == (1, {"before": 9, "after": 9})
+
+
+def test_method_none_keeps_everything(clip, checkpoint):
+    edit_config(checkpoint, stts_config={"method": "none"})
+    assert ask_json(clip, QUESTION, "--model", checkpoint)["vision_tokens"] == {"before": 99, "after": 99}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# convert and inspect
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_convert_makes_a_checkpoint_that_answers(clip, molmo2, tmp_path):
+    destination = tmp_path / "stts"
+    result = run("convert", molmo2, destination, "--prune-ratio", 0.3, "--prune-layer", 1, "--preset", "paper")
+    assert result.exit_code == 0, result.output
+    assert str(destination) in result.stdout
+    stts_config = json.loads((destination / "config.json").read_text())["stts_config"]
+    assert (stts_config["prune_ratio"], stts_config["prune_layer"], stts_config["aux_target"]) == (0.3, 1, "pooled")
+    result = ask_json(clip, QUESTION, "--model", destination)
+    assert result["vision_tokens"] == {"before": 99, "after": 70}  # 99 - floor(29.7)
+
+
+def test_inspect_describes_an_stts_checkpoint():
+    result = run("inspect", BUNDLED_CHECKPOINT)
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["kind"] == "STTS on Molmo2"
+    assert "parameters" in lines["scorer"]
+    assert lines["method"].startswith("scorer, after ViT layer")
+    assert lines["frames"].split() == ["16", "32", "64", "128", "256"]
+    assert lines["vision"].split() == ["tokens", "144", "288", "576", "1152", "2304"]
+    assert lines["after"].split() == ["pruning", "72", "144", "288", "576", "1152"]
+
+
+def test_inspect_describes_a_plain_molmo2(molmo2):
+    result = run("inspect", molmo2)
+    assert result.exit_code == 0, result.output
+    assert "plain Molmo2; for STTS: stts-molmo convert" in result.stdout
+    assert "scorer         none" in result.stdout
+
+
+def test_inspect_loads_no_weights(checkpoint):
+    """Headers are enough: the data may even be cut off."""
+    (weights,) = checkpoint.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size - 1000)
+    assert (
+        run("inspect", checkpoint).stdout.splitlines()[1:] == run("inspect", BUNDLED_CHECKPOINT).stdout.splitlines()[1:]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Help
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["ask", "convert", "inspect"])
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"stts-molmo {command} " in result.stdout.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, stts_molmo.cli; print({'torch', 'transformers', 'av', 'numpy'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout == "set()\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def edit_config(checkpoint: Path, **changes) -> None:
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+
+
+def rewrite_weights(checkpoint: Path, keep) -> None:
+    (file,) = checkpoint.glob("*.safetensors")
+    weights = {name: tensor for name, tensor in load_file(file).items() if keep(name)}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def assert_readable_error(result, *words) -> None:
+    assert result.exit_code == 2
+    assert not result.stdout
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert str(word) in result.stderr
+
+
+@pytest.fixture
+def bad_videos(tmp_path) -> Path:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("Not a video.\n" * 100)
+    (tmp_path / "folder.mp4").mkdir()
+    with av.open(tmp_path / "audio.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("missing.mp4", "no video file"),
+        ("empty.mp4", "0 bytes"),
+        ("text.mp4", "a video"),
+        ("folder.mp4", "directory"),
+        ("audio.mp4", "audio only"),
+    ],
+)
+def test_unusable_video(bad_videos, name, word):
+    assert_readable_error(run("ask", bad_videos / name, QUESTION), name, word)
+
+
+def test_error_in_a_fresh_process(tmp_path):
+    command = [sys.executable, "-c", "from stts_molmo.cli import app; app()", "ask", "missing.mp4", QUESTION]
+    output = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert output.returncode == 2
+    assert not output.stdout
+    assert output.stderr == "Error: There is no video file 'missing.mp4'; check the path.\n"
+
+
+@pytest.mark.parametrize("ratio", ["1", "-0.1", "1.5", "nan"])
+def test_ratio_out_of_range(clip, ratio):
+    assert_readable_error(run("ask", clip, QUESTION, "--prune-ratio", ratio), f"prune_ratio={float(ratio)}", "[0, 1)")
+
+
+@pytest.mark.parametrize("option", [["--device", "warp"], ["--device", "cuda:99"]], ids=str)
+def test_unusable_device(clip, option):
+    assert_readable_error(run("ask", clip, QUESTION, *option), option[1], "cpu")
+
+
+@pytest.mark.parametrize("option", [["--dtype", "int3"], ["--num-frames", 0], ["--max-new-tokens", "x"]], ids=str)
+def test_option_that_typer_refuses(clip, option):
+    result = run("ask", clip, QUESTION, *option)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert option[0] in result.stderr
+
+
+def test_unknown_model(clip):
+    assert_readable_error(run("ask", clip, QUESTION, "--model", "nobody/nothing"))
+    assert_readable_error(run("inspect", "nobody/nothing"))
+    assert_readable_error(run("convert", "nobody/nothing", "never-written"), "nobody/nothing")
+    assert not Path("never-written").exists()
+
+
+def test_checkpoint_without_scorer(clip, molmo2, checkpoint):
+    assert_readable_error(run("ask", clip, QUESTION, "--model", molmo2), "stts-molmo convert")
+    rewrite_weights(checkpoint, keep=lambda name: "token_scorer" not in name)
+    assert_readable_error(run("ask", clip, QUESTION, "--model", checkpoint), "has no token scorer")
+
+
+def test_incomplete_or_damaged_checkpoint(clip, checkpoint):
+    rewrite_weights(checkpoint, keep=lambda name: name != "lm_head.weight")
+    assert_readable_error(run("ask", clip, QUESTION, "--model", checkpoint), "is incomplete", "lm_head.weight")
+    (weights,) = checkpoint.glob("*.safetensors")
+    os.truncate(weights, 1000)
+    assert_readable_error(run("ask", clip, QUESTION, "--model", checkpoint), "damaged")
+    weights.unlink()
+    assert_readable_error(run("inspect", checkpoint), "safetensors")
+
+
+def test_checkpoint_of_another_model(clip, checkpoint):
+    edit_config(checkpoint, model_type="llava")
+    for arguments in (["ask", clip, QUESTION, "--model", checkpoint], ["inspect", checkpoint]):
+        assert_readable_error(run(*arguments), "model_type='llava'", "stts_molmo")
+
+
+def test_invalid_config(checkpoint):
+    edit_config(checkpoint, stts_config={"prune_ratio": 2})
+    assert_readable_error(run("inspect", checkpoint), "prune_ratio=2")
+    edit_config(checkpoint, stts_config={"prune_ratio": 0.5}, image_patch_id="many")
+    assert_readable_error(run("inspect", checkpoint), "image_patch_id")
+
+
+def test_convert_refuses_what_it_cannot_do(molmo2, checkpoint, tmp_path):
+    assert_readable_error(run("convert", checkpoint, tmp_path / "new"), "STTS checkpoint already")
+    assert_readable_error(run("convert", molmo2, checkpoint), "not an empty directory")
+    assert_readable_error(run("convert", molmo2, tmp_path / "new", "--prune-layer", 9), "prune_layer=9")
+    assert_readable_error(run("convert", molmo2, tmp_path / "new", "--prune-ratio", 1), "prune_ratio=1.0")
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_truncated_video_is_answered_with_a_warning(tmp_path, caplog):
+    with av.open(tmp_path / "whole.mkv", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for _ in range(NUM_FRAMES):
+            noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, "rgb24")))
+        container.mux(stream.encode())
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
+    assert 1 < ask_json(tmp_path / "cut.mkv", QUESTION)["frames"] < NUM_SAMPLES
+    assert "truncated" in caplog.text
