@@ -1,0 +1,356 @@
+"""Which frame of a file is taken, what its pixels are, and what happens with files that are no videos.
+
+Every clip is written here. Frame `i` is a flat grey of `brightness(i)`, so a decoded frame tells its own number.
+"""
+
+import io
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import stts_molmo.processing_stts_molmo as processing
+from stts_molmo.processing_stts_molmo import (
+    EncodedVideo,
+    decode_clip,
+    read_frame_index,
+    read_video,
+    sample_frame_indices,
+    sample_frame_times,
+)
+
+NUM_LEVELS = 50  # numbers repeat after this many frames; lossy codecs keep steps of 4 apart
+GREY_CODECS = {
+    "h264.mp4": ("libx264", {"bf": "2"}),
+    "open_gop.mp4": ("libx264", {"bf": "3", "x264-params": "open-gop=1"}),
+    "mpeg4.mp4": ("mpeg4", {"qmin": "1", "qmax": "2"}),
+    "vp8.webm": ("libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "realtime"}),
+    "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+    "h264.mkv": ("libx264", {"bf": "2"}),
+    "h264.ts": ("libx264", {"bf": "2"}),
+    "mpeg4.avi": ("mpeg4", {"qmin": "1", "qmax": "2", "bf": "2"}),
+    "h264.flv": ("libx264", {"bf": "0"}),
+    "frames.gif": ("gif", {}),
+}
+
+
+def brightness(number: int) -> int:
+    return 20 + 4 * (number % NUM_LEVELS)
+
+
+def frame_number(frame) -> int:
+    """The number of a decoded frame, modulo `NUM_LEVELS`."""
+    return round((float(frame.float().mean()) - 20) / 4)
+
+
+def write_video(
+    path, num_frames=60, times=None, fps=30, size=(64, 48), codec="libx264", options=None, paint=None, **container
+):
+    """Write flat grey frames, or the frames that `paint(number, array)` draws; `times` are presentation times in s."""
+    options = {"g": "12", "threads": "1"} | (options or {})
+    with av.open(path if hasattr(path, "write") else str(path), "w", **container) as output:
+        stream = output.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height = size
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(num_frames):
+            pixels = np.full((size[1], size[0], 3), brightness(number), np.uint8)
+            if paint is not None:
+                paint(number, pixels)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(times[number] * 1000), Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def remux(source, target, **container):
+    """Copy the packets of a video into another container."""
+    with av.open(str(source)) as reader, av.open(str(target), "w", **container) as writer:
+        stream = reader.streams.video[0]
+        copy = writer.add_stream_from_template(stream)
+        for packet in reader.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                writer.mux(packet)
+    return target
+
+
+def cut(path, share):
+    """Keep the first `share` of the bytes of a file."""
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def sampler(num_frames=64, fps=2):
+    def sample(metadata):
+        times = metadata.frame_times
+        return sample_frame_indices(times, sample_frame_times(times[-1], num_frames, fps))
+
+    return sample
+
+
+def read(path, **sampling):
+    return read_video(path if isinstance(path, EncodedVideo) else str(path), sampler(**sampling))
+
+
+@pytest.fixture(params=GREY_CODECS, scope="module")
+def container_clip(request, tmp_path_factory):
+    """A clip of 60 frames at 30 fps, a key frame every 12, in each container."""
+    codec, options = GREY_CODECS[request.param]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+    return str(write_video(tmp_path_factory.mktemp("clips") / request.param, codec=codec, options=options))
+
+
+def test_each_container_gives_the_frames_shown_and_their_times(container_clip):
+    clip, metadata = read(container_clip)
+    assert clip.shape == (5, 3, 48, 64)
+    assert metadata.total_num_frames == 60
+    expected = [0, 15, 30, 45, 59]
+    assert metadata.frames_indices.tolist() == expected
+    if not container_clip.endswith("gif"):  # its palette has no room for 50 greys
+        assert [frame_number(frame) for frame in clip] == [number % NUM_LEVELS for number in expected]
+    np.testing.assert_allclose(metadata.timestamps, np.array(expected) / 30, atol=0.011)  # gif counts in 10 ms
+    assert metadata.fps == pytest.approx(30, abs=0.1)
+
+
+def test_jumping_and_decoding_on_give_the_same_pixels(container_clip, monkeypatch):
+    index = read_frame_index(container_clip)
+    targets = index.pts[[0, 1, 10, 11, 12, 13, 23, 24, 40, 41, 58, 59]]
+    jumps = []
+    seek_frames = processing.seek_frames
+
+    def count(*args):
+        jumps.append(args)
+        return seek_frames(*args)
+
+    monkeypatch.setattr(processing, "seek_frames", count)
+    monkeypatch.setattr(processing, "MIN_FRAMES_TO_JUMP", 10**6)
+    sequential, sequential_pts = decode_clip(container_clip, index, targets)
+    assert not jumps
+    monkeypatch.setattr(processing, "MIN_FRAMES_TO_JUMP", 0)
+    jumped, jumped_pts = decode_clip(container_clip, index, targets)
+    assert jumps or len(index.keyframes) == 1
+    assert jumped_pts.tolist() == sequential_pts.tolist() == targets.tolist()
+    assert jumped.equal(sequential)
+
+
+def test_far_apart_samples_skip_most_of_the_file(tmp_path, monkeypatch):
+    path = str(write_video(tmp_path / "long.mp4", num_frames=600))
+    decoded = []
+    iterate_frames = processing.iterate_frames
+
+    def count(*args):
+        for frame in iterate_frames(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(processing, "iterate_frames", count)
+    clip, _ = read(path, num_frames=5, fps=None)
+    assert [frame_number(frame) for frame in clip] == [0, 149 % 50, 299 % 50, 449 % 50, 599 % 50]
+    assert len(decoded) < 5 * 12 + 5
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_variable_frame_rate(tmp_path, suffix):
+    """Frame numbers say which frame is on display at a time; index / fps would say another."""
+    gaps = np.random.default_rng(0).integers(10, 400, 60) / 1000
+    times = np.concatenate([[0], np.cumsum(gaps)])[:60]
+    path = write_video(tmp_path / f"vfr.{suffix}", times=times)
+    clip, metadata = read(path)
+    sample_times = sample_frame_times(times[-1])
+    shown = [int(np.flatnonzero(times <= time + 1e-3)[-1]) for time in sample_times]
+    shown = sorted(set(shown))
+    assert [frame_number(frame) for frame in clip] == [number % NUM_LEVELS for number in shown]
+    np.testing.assert_allclose(metadata.timestamps, times[shown], atol=1e-3)
+    assert metadata.timestamps[-1] == pytest.approx(times[-1], abs=1e-3)
+    wrong = np.array(shown) / metadata.fps
+    assert np.abs(wrong - times[shown]).max() > 0.3, "the clip must be one on which index / fps is wrong"
+
+
+def test_times_count_from_the_first_frame(tmp_path):
+    path = write_video(tmp_path / "late.mkv", num_frames=30, times=5 + np.arange(30) / 10)
+    clip, metadata = read(path)
+    assert metadata.timestamps == pytest.approx([0, 0.5, 1.0, 1.5, 2.0, 2.5, 2.9])
+    assert [frame_number(frame) for frame in clip] == [0, 5, 10, 15, 20, 25, 29]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_rotation_metadata_is_applied(tmp_path, turns):
+    """A phone writes the picture as its sensor sees it, and a matrix that turns it clockwise for display."""
+
+    def mark_top_left(number, pixels):
+        pixels[:24, :32] = 250
+
+    path = write_video(tmp_path / "phone.mp4", num_frames=3, paint=mark_top_left)
+    one, minus_one = 0x10000, 0xFFFF0000
+    matrices = [(one, 0, 0, one), (0, one, minus_one, 0), (minus_one, 0, 0, minus_one), (0, minus_one, one, 0)]
+
+    def track_matrix(a, b, c, d):
+        return b"".join(value.to_bytes(4, "big") for value in (a, b, 0, c, d, 0, 0, 0, 0x40000000))
+
+    data = path.read_bytes()
+    start = data.index(b"tkhd")
+    position = data.index(track_matrix(*matrices[0]), start)
+    path.write_bytes(data[:position] + track_matrix(*matrices[turns]) + data[position + 36 :])
+
+    clip, metadata = read(path)
+    assert clip.shape[-2:] == (metadata.height, metadata.width) == ((48, 64) if turns % 2 == 0 else (64, 48))
+    quarters = [quarter.float().mean() for half in clip[0].chunk(2, dim=1) for quarter in half.chunk(2, dim=2)]
+    clockwise_from_top_left = [quarters[0], quarters[1], quarters[3], quarters[2]]
+    assert int(np.argmax(clockwise_from_top_left)) == turns
+
+
+def test_one_frame(tmp_path):
+    clip, metadata = read(write_video(tmp_path / "one.mp4", num_frames=1))
+    assert clip.shape[0] == 1 and metadata.timestamps == [0.0] and metadata.total_num_frames == 1
+
+
+def test_live_recording_declares_neither_duration_nor_frames(tmp_path, caplog):
+    class Pipe(io.RawIOBase):
+        def __init__(self):
+            self.data = bytearray()
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            self.data += bytes(data)
+            return len(data)
+
+    pipe = Pipe()
+    write_video(pipe, codec="libvpx", options={"deadline": "realtime"}, format="webm")
+    path = tmp_path / "live.webm"
+    path.write_bytes(pipe.data)
+    with av.open(str(path)) as container:
+        assert container.duration is None and container.streams.video[0].frames == 0
+    clip, metadata = read(path)
+    assert [frame_number(frame) for frame in clip] == [0, 15, 30, 45, 9]
+    assert not caplog.records
+
+
+def test_without_sampling_every_frame_is_decoded(tmp_path):
+    clip, metadata = read_video(str(write_video(tmp_path / "all.mp4", num_frames=20)))
+    assert [frame_number(frame) for frame in clip] == list(range(20))
+    assert metadata.frames_indices.tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("kind", ["faststart", "fragmented", "mkv", "webm"])
+def test_truncated_video_gives_the_frames_that_are_there(tmp_path, kind, caplog):
+    whole = write_video(tmp_path / "whole.mp4", num_frames=240)
+    path = tmp_path / "cut.mp4"
+    if kind == "faststart":
+        remux(whole, path, options={"movflags": "+faststart"})
+    elif kind == "fragmented":
+        remux(whole, path, options={"movflags": "+frag_keyframe+empty_moov"})
+    elif kind == "mkv":
+        path = remux(whole, tmp_path / "cut.mkv")
+    else:
+        options = {"deadline": "realtime"}
+        path = write_video(tmp_path / "cut.webm", num_frames=240, codec="libvpx", options=options)
+    cut(path, 0.7)
+    clip, metadata = read(path, num_frames=10, fps=None)
+    assert len(clip) == 10
+    assert 60 < metadata.total_num_frames < 230
+    assert metadata.frames_indices[-1] == metadata.total_num_frames - 1
+    # The cut may take a B-frame and leave the frame after it, so times tell which frames these are.
+    numbers = [frame_number(frame) for frame in clip]
+    assert numbers == [round(time * 30) % NUM_LEVELS for time in metadata.timestamps]
+    if kind != "fragmented":  # its header is written before the length is known
+        assert "truncated" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.4, 0.0])
+def test_damaged_data_is_resampled_before_the_damage(tmp_path, share, caplog):
+    """A download that was cut short in a file of full size: the index is whole, the rest of the data is zeros."""
+    noise = np.random.default_rng(0)
+
+    def paint(number, pixels):
+        pixels[:, 32:] = noise.integers(0, 255, (48, 32, 3), dtype=np.uint8)
+        pixels[:, :32] = brightness(number)
+
+    whole = write_video(
+        tmp_path / "whole.mp4", num_frames=240, codec="mpeg4", options={"qmin": "1", "qmax": "2"}, paint=paint
+    )
+    path = remux(whole, tmp_path / "zeros.mp4", options={"movflags": "+faststart"})
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    intact = int(len(ends) * share)
+    keep = ends[intact - 1] if intact else path.read_bytes().index(b"mdat") + 4
+    path.write_bytes(path.read_bytes()[:keep] + bytes(path.stat().st_size - keep))
+    if not intact:
+        with pytest.raises(ValueError, match="No frame of .* can be decoded"):
+            read(path)
+        return
+    clip, metadata = read(path, num_frames=10, fps=None)
+    assert len(clip) == 10
+    assert metadata.total_num_frames == pytest.approx(intact, abs=1)
+    numbers = [frame_number(frame[..., :32]) for frame in clip]
+    assert numbers == [index % NUM_LEVELS for index in metadata.frames_indices.tolist()]
+    assert "damaged" in caplog.text
+
+
+def write_audio(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_index_less(path):
+    write_video(path, format="h264")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "error", "message"),
+    [
+        ("missing.mp4", lambda path: None, FileNotFoundError, "no video file .*missing.mp4"),
+        ("folder", lambda path: path.mkdir(), ValueError, "is a directory"),
+        ("empty.mp4", lambda path: path.touch(), ValueError, r"is empty \(0 bytes\)"),
+        ("noise.mp4", lambda path: path.write_bytes(b"no video at all" * 99), ValueError, "cannot be read as a video"),
+        ("notes.txt", lambda path: path.write_text("no video at all\n" * 99), ValueError, "is a text file"),
+        ("sound.m4a", write_audio, ValueError, "has no video stream"),
+        ("no_moov.mp4", lambda path: cut(write_video(path), 0.5), ValueError, "cannot be read .* complete file"),
+        ("raw.h264", write_index_less, ValueError, "no frames with a presentation time"),
+    ],
+)
+def test_bad_files(tmp_path, name, write, error, message):
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(error, match=message):
+        read(path)
+
+
+def test_bad_file_objects():
+    with pytest.raises(ValueError, match="is empty"):
+        read(EncodedVideo(io.BytesIO()))
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        read(EncodedVideo(io.BytesIO(b"no video at all" * 99)))
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    """The peak of a process that reads a minute and then an hour; the hour's frames would be 100 MB."""
+    for name, seconds in [("minute", 60), ("hour", 3600)]:
+        write_video(tmp_path / f"{name}.mp4", seconds, fps=1, size=(160, 120), codec="mpeg4")
+    program = f"""
+import resource, sys
+from stts_molmo.processing_stts_molmo import read_video, sample_frame_indices, sample_frame_times
+def sample(metadata):
+    return sample_frame_indices(metadata.frame_times, sample_frame_times(metadata.frame_times[-1]))
+peaks = []
+for name in ("minute", "hour"):
+    clip, metadata = read_video(f"{tmp_path}/{{name}}.mp4", sample)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(metadata.total_num_frames, peaks[1] - peaks[0])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    num_frames, growth = map(float, result.stdout.split())
+    assert num_frames == 3600
+    assert growth < 30, f"{growth} MB more for an hour than for a minute"
