@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from stts_molmo.cli import BUNDLED_CHECKPOINT, app
-from transformers import Molmo2ForConditionalGeneration
+from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from typer.testing import CliRunner
 
 QUESTION = "What color is the ball?"
@@ -58,9 +58,9 @@ def molmo2(tmp_path_factory) -> Path:
     """The bundled checkpoint's Molmo2."""
     folder = tmp_path_factory.mktemp("models") / "molmo2"
     config = json.loads((BUNDLED_CHECKPOINT / "config.json").read_text())
-    del config["stts_config"], config["auto_map"]
+    del config["stts_config"], config["auto_map"], config["model_type"]
     shutil.copytree(BUNDLED_CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors*", "config.json"))
-    model = Molmo2ForConditionalGeneration.from_pretrained(BUNDLED_CHECKPOINT, config=config)
+    model = Molmo2ForConditionalGeneration.from_pretrained(BUNDLED_CHECKPOINT, config=Molmo2Config.from_dict(config))
     model.save_pretrained(folder)
     return folder
 
@@ -308,11 +308,12 @@ def test_convert_refuses_what_it_cannot_do(molmo2, checkpoint, tmp_path):
 
 
 def test_truncated_video_is_answered_with_a_warning(tmp_path, caplog):
+    generator = np.random.default_rng(0)
     with av.open(tmp_path / "whole.mkv", "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 64
         for _ in range(NUM_FRAMES):
-            noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+            noise = generator.integers(0, 255, (64, 64, 3), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, "rgb24")))
         container.mux(stream.encode())
     data = (tmp_path / "whole.mkv").read_bytes()
