@@ -26,13 +26,7 @@ from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
-from transformers.video_utils import (
-    VideoInput,
-    VideoMetadata,
-    is_valid_video,
-    make_batched_metadata,
-    make_batched_videos,
-)
+from transformers.video_utils import VideoInput, VideoMetadata
 
 from .configuration_stts_molmo import validate_prune_ratio
 
@@ -78,12 +72,14 @@ def sample_frame_times(duration: float, num_frames: int | None = 64, fps: float 
         `np.ndarray`: float64 `(num_samples,)`, ascending seconds, the last one equal to `duration`.
 
     Raises:
-        ValueError: neither `num_frames` nor `fps` is given.
+        ValueError: neither `num_frames` nor `fps` is given, or one of them is not positive.
 
     Example: `sample_frame_times(1.2) -> [0.0, 0.5, 1.0, 1.2]`, `sample_frame_times(90, num_frames=3) -> [0, 45, 90]`.
     """
     if num_frames is None and fps is None:
         raise ValueError("Cannot sample frames without `num_frames` and `fps`; pass one of them.")
+    if (num_frames is not None and num_frames < 1) or (fps is not None and fps <= 0):
+        raise ValueError(f"num_frames={num_frames} must be at least 1, and fps={fps} more than 0.")
     if fps is not None:
         num_steps = math.ceil(duration * fps)
         if num_frames is None or num_steps + 1 <= num_frames:
@@ -532,16 +528,14 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
                 return read_video(video, sample_indices_fn)
         return read_video(video_url_or_urls, sample_indices_fn)
 
-    def _decode_and_sample_videos(self, videos: VideoInput, video_metadata=None, do_sample_frames=None, **kwargs):
-        videos = make_batched_videos(wrap_encoded_videos(videos))
-        video_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
-        for video, metadata in zip(videos, video_metadata, strict=True):
-            if do_sample_frames and is_valid_video(video) and len(video) < metadata.total_num_frames:
-                raise ValueError(
-                    f"The video has {len(video)} frames, but its metadata says {metadata.total_num_frames}. If these "
-                    "are frames already sampled, pass do_sample_frames=False and their `frames_indices`."
-                )
-        return super()._decode_and_sample_videos(videos, video_metadata, do_sample_frames, **kwargs)
+    def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
+        try:
+            return super()._decode_and_sample_videos(wrap_encoded_videos(videos), *args, **kwargs)
+        except IndexError as error:
+            raise ValueError(
+                f"The frames passed are fewer than their metadata says ({error}). If they are sampled already, pass "
+                "do_sample_frames=False and their `frames_indices` in the metadata."
+            ) from error
 
     def _build_video_patches(self, video: torch.Tensor, **kwargs):
         # Frame by frame: the float copy that the resize makes is then one frame, not the clip. Same values, faster.

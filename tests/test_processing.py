@@ -1,0 +1,497 @@
+"""From any kind of video to the model's inputs: sampling, pixels, prompts, and what a checkpoint saves."""
+
+import http.server
+import json
+import shutil
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from stts_molmo.processing_stts_molmo import (
+    STTSMolmoProcessor,
+    STTSMolmoVideoProcessor,
+    sample_frame_indices,
+    sample_frame_times,
+    scaled_num_frames,
+)
+from test_video_decoding import write_video
+from transformers import (
+    AutoProcessor,
+    AutoVideoProcessor,
+    Molmo2Config,
+    Molmo2ForConditionalGeneration,
+    Molmo2VideoProcessor,
+    pipeline,
+)
+
+TINY = Path(__file__).parents[1] / "checkpoints/stts-molmo-tiny"
+PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture(scope="module")
+def processor() -> STTSMolmoProcessor:
+    return STTSMolmoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """Four seconds at 10 fps."""
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    return str(write_video(path, num_frames=40, times=np.arange(40) / 10))
+
+
+def frames(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 `(num_frames, height, width, 3)` of noise."""
+    return np.random.default_rng(num_frames).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+def metadata_of(num_frames: int, fps: float) -> dict:
+    return {"total_num_frames": num_frames, "fps": fps}
+
+
+def chat(video) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "What?"}]}]
+
+
+def apply_chat(processor, conversation, **processor_kwargs):
+    return processor.apply_chat_template(
+        conversation,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    )
+
+
+def assert_equal(inputs, others):
+    assert inputs.keys() == others.keys()
+    for name, value in inputs.items():
+        assert torch.equal(value, others[name]), name
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "prune_ratio", "expected"),
+    [(64, 0, 64), (64, 0.3, 92), (64, 0.4, 107), (64, 0.5, 128), (64, 0.9, 640), (16, 0.5, 32), (90, 0.7, 300)],
+)
+def test_scaled_num_frames_counts_in_decimals(num_frames, prune_ratio, expected):
+    assert scaled_num_frames(num_frames, prune_ratio) == expected
+
+
+@pytest.mark.parametrize("prune_ratio", [1, -0.1, 1.5, "0.5"])
+def test_scaled_num_frames_refuses_a_bad_ratio(prune_ratio):
+    with pytest.raises(ValueError, match=r"prune_ratio=.* must be a number in \[0, 1\)"):
+        scaled_num_frames(64, prune_ratio)
+
+
+@pytest.mark.parametrize(
+    ("duration", "num_frames", "fps", "expected"),
+    [
+        (1.2, 64, 2, [0, 0.5, 1.0, 1.2]),
+        (1.0, 64, 2, [0, 0.5, 1.0]),
+        (0.0, 64, 2, [0]),
+        (31.5, 64, 2, [*np.arange(63) / 2, 31.5]),  # 64 at 2 fps: still at most 64
+        (90, 3, 2, [0, 45, 90]),
+        (90, 1, 2, [90]),
+        (3, None, 1, [0, 1, 2, 3]),
+        (3, 4, None, [0, 1, 2, 3]),
+    ],
+)
+def test_sample_frame_times(duration, num_frames, fps, expected):
+    np.testing.assert_allclose(sample_frame_times(duration, num_frames, fps), expected)
+
+
+def test_above_the_cap_sampling_is_uniform():
+    times = sample_frame_times(31.6)
+    assert len(times) == 64 and np.allclose(np.diff(times), 31.6 / 63)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "fps", "message"),
+    [(None, None, "pass one of them"), (0, 2, "num_frames=0 must be"), (None, 0, "fps=0 more than 0")],
+)
+def test_sample_frame_times_refuses(num_frames, fps, message):
+    with pytest.raises(ValueError, match=message):
+        sample_frame_times(3, num_frames, fps)
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=0, max_size=300),
+    st.integers(1, 80),
+    st.sampled_from([0.5, 1, 2, 7.5]),
+)
+def test_sampling_any_timeline(gaps, num_frames, fps):
+    frame_times = np.concatenate([[0], np.cumsum(gaps)]) / 1000
+    times = sample_frame_times(frame_times[-1], num_frames, fps)
+    indices = sample_frame_indices(frame_times, times)
+    assert 1 <= len(indices) <= len(times) <= num_frames
+    assert indices[-1] == len(frame_times) - 1
+    assert (np.diff(indices) > 0).all()
+    shown = {max(i for i, start in enumerate(frame_times) if start <= time + 1e-6) for time in times}
+    assert set(indices.tolist()) == shown
+
+
+def num_sampled(video_processor, total_num_frames, source_fps, **kwargs) -> int:
+    metadata = [metadata_of(total_num_frames, source_fps)]
+    outputs = video_processor(np.zeros((total_num_frames, 8, 8, 3), np.uint8), video_metadata=metadata, **kwargs)
+    return int(outputs["video_grids"][0, 0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, 16),  # 10 s at 2 fps would be 21
+        ({"num_frames": 64}, 21),
+        ({"num_frames": 8}, 8),
+        ({"num_frames": 64, "max_fps": 1}, 11),
+        ({"fps": 1}, 11),
+        ({"fps": 10}, 101),
+        ({"fps": 1, "num_frames": None}, 11),
+        ({"test_time_scaling": True, "prune_ratio": 0.2}, 20),
+        ({"test_time_scaling": True, "prune_ratio": 0.5}, 21),
+        ({"test_time_scaling": True, "prune_ratio": 0.5, "num_frames": 8}, 16),
+        ({"do_sample_frames": False}, 101),
+    ],
+)
+def test_sampling_arguments(processor, kwargs, expected):
+    assert num_sampled(processor.video_processor, 101, 10.0, **kwargs) == expected
+
+
+def test_rate_and_number_exclude_each_other(processor):
+    with pytest.raises(ValueError, match="num_frames=8 and fps=1 exclude each other"):
+        num_sampled(processor.video_processor, 101, 10.0, fps=1, num_frames=8)
+
+
+@pytest.mark.parametrize("num_frames", [64, 256])
+def test_real_geometry(processor, num_frames):
+    """Molmo2's own 378 px and 27 x 27 patches: 729 patches, 81 tokens, two delimiters and one time a frame."""
+    real = STTSMolmoProcessor(
+        processor.image_processor,
+        STTSMolmoVideoProcessor(),
+        processor.tokenizer,
+        chat_template=processor.chat_template,
+    )
+    video = np.zeros((num_frames + 10, 16, 16, 3), np.uint8)
+    inputs = real(
+        text="<|video|>",
+        videos=[video],
+        video_metadata=[metadata_of(len(video), 2.0)],
+        num_frames=num_frames,
+        return_metadata=True,
+        return_tensors="pt",
+    )
+    assert inputs["pixel_values_videos"].shape == (num_frames, 27 * 27, 14 * 14 * 3)
+    assert inputs["video_token_pooling"].shape == (num_frames * 81, 9)
+    assert inputs["video_grids"].tolist() == [[num_frames, 9, 9]]
+    prompt = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert prompt.count("<im_patch>") == num_frames * 81 == int(inputs["mm_token_type_ids"].sum()) - 2 * num_frames
+    indices = inputs["video_metadata"][0].frames_indices
+    assert indices[-1] == num_frames + 9
+    string = " ".join(f"{index / 2:.1f} <frame_start>{'<im_patch>' * 81}<frame_end>" for index in indices)
+    assert prompt.endswith(string)
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("size", [(48, 64), (37, 53), (20, 20)])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "float"])
+def test_pixels_are_those_of_the_native_processor(size, kind):
+    native, ours = Molmo2VideoProcessor(), STTSMolmoVideoProcessor()
+    videos = [frames(5, *size), frames(3, *size)]
+    if kind != "numpy":
+        videos = [torch.from_numpy(video).permute(0, 3, 1, 2) for video in videos]
+    if kind == "float":
+        videos = [video.float() + 0.25 for video in videos]
+    kwargs = {"do_sample_frames": False, "return_tensors": "pt"}
+    assert_equal(ours(videos, **kwargs), native(videos, **kwargs))
+
+
+def test_a_file_gives_the_pixels_of_its_frames(processor, clip):
+    """The file against the native processor on the frames that PyAV gives one by one."""
+    import av
+
+    with av.open(clip) as container:
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    chosen = [0, 5, 10, 15, 20, 25, 30, 35, 39]
+    native = Molmo2VideoProcessor.from_pretrained(TINY)
+    expected = native([decoded[chosen]], do_sample_frames=False, return_tensors="pt")
+    assert_equal(processor.video_processor(clip, return_tensors="pt"), expected)
+
+
+# Kinds of input
+
+
+@pytest.fixture(scope="module")
+def served(clip):
+    """The folder of the clip behind a local HTTP server."""
+    handler = partial(QuietHandler, directory=Path(clip).parent)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["Path", "bytes", "file object", "file object at its end", "URL"])
+def test_each_kind_of_file(processor, clip, kind, served):
+    expected = apply_chat(processor, chat(clip))
+    with open(clip, "rb") as file:
+        if kind == "file object at its end":
+            file.read()
+        video = {"Path": Path(clip), "bytes": Path(clip).read_bytes(), "URL": f"{served}/{Path(clip).name}"}.get(
+            kind, file
+        )
+        assert_equal(apply_chat(processor, chat(video)), expected)
+        direct = processor(text="<|video|>", videos=video, return_tensors="pt")
+        assert_equal(direct, processor(text="<|video|>", videos=clip, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("key", ["video", "path", "url"])
+def test_each_key_of_a_chat_template(processor, clip, served, key):
+    conversation = chat(None)
+    video = f"{served}/{Path(clip).name}" if key == "url" else clip
+    conversation[0]["content"][0] = {"type": "video", key: video}
+    assert_equal(apply_chat(processor, conversation), apply_chat(processor, chat(clip)))
+
+
+def test_prompt_carries_the_times_of_the_frames_taken(processor, tmp_path):
+    times = np.array([0, 0.1, 0.2, 0.9, 1.0, 1.7, 3.3])
+    path = str(write_video(tmp_path / "vfr.mp4", num_frames=len(times), times=times))
+    inputs = apply_chat(processor, chat(path), return_metadata=True)
+    prompt = processor.tokenizer.decode(inputs["input_ids"][0]).replace("<im_patch>", "")
+    taken = [0, 0.2, 1.0, 1.7, 3.3]  # on display at 0, 0.5, 1.0, 1.5 (1.0 still), 2.0 and on, and the last
+    assert inputs["video_metadata"][0].timestamps == pytest.approx(taken)
+    assert " ".join(f"{time:.1f} <frame_start><frame_end>" for time in taken) in prompt
+
+
+def test_files_of_different_lengths_in_a_batch(processor, clip, tmp_path):
+    short = str(write_video(tmp_path / "short.webm", num_frames=20, codec="libvpx", options={"deadline": "realtime"}))
+    both = apply_chat(processor, [chat(clip), chat(short)], padding=True)
+    singles = [apply_chat(processor, chat(video)) for video in (clip, short)]
+    assert both["video_grids"].tolist() == [[9, 3, 3], [3, 3, 3]]
+    pixels = torch.cat([single["pixel_values_videos"] for single in singles])
+    assert torch.equal(both["pixel_values_videos"], pixels)
+    for row, mask, single in zip(both["input_ids"], both["attention_mask"], singles, strict=True):
+        assert row[mask.bool()].tolist() == single["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "list of arrays", "list of images"])
+def test_frames_with_metadata(processor, kind):
+    video = frames(30)
+    value = {
+        "array": video,
+        "tensor": torch.from_numpy(video).permute(0, 3, 1, 2),
+        "list of arrays": list(video),
+        "list of images": [Image.fromarray(frame) for frame in video],
+    }[kind]
+    inputs = processor(
+        text="<|video|>",
+        videos=[value],
+        video_metadata=[metadata_of(30, 10.0)],
+        return_metadata=True,
+        return_tensors="pt",
+    )
+    chosen = [0, 5, 10, 15, 20, 25, 29]
+    native = Molmo2VideoProcessor.from_pretrained(TINY)
+    expected = native([video[chosen]], do_sample_frames=False, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+    assert inputs["video_metadata"][0].timestamps == pytest.approx([index / 10 for index in chosen])
+
+
+def test_list_of_frame_files(processor, tmp_path):
+    video = frames(4)
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    for frame, path in zip(video, paths, strict=True):
+        Image.fromarray(frame).save(path)
+    kwargs = {"do_sample_frames": False, "return_tensors": "pt"}
+    assert_equal(
+        processor.video_processor([[paths]], **kwargs),
+        Molmo2VideoProcessor.from_pretrained(TINY)([video], **kwargs),
+    )
+
+
+def test_decoding_first_and_processing_later_is_the_same(processor, clip):
+    """What the command line does, to time the two."""
+    sample = partial(processor.video_processor.sample_frames, num_frames=6)
+    video, metadata = processor.video_processor.fetch_videos(clip, sample_indices_fn=sample)
+    kwargs = {"text": "<|video|>", "return_tensors": "pt"}
+    later = processor(videos=[video], video_metadata=[metadata], do_sample_frames=False, **kwargs)
+    assert_equal(later, processor(videos=clip, num_frames=6, **kwargs))
+
+
+def test_pipeline(processor, clip):
+    model = Molmo2ForConditionalGeneration(Molmo2Config(**tiny_config(processor))).eval()
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    outputs = pipe(
+        text=chat(clip),
+        max_new_tokens=2,
+        return_full_text=False,
+        processor_kwargs={"test_time_scaling": True, "prune_ratio": 0.5, "num_frames": 2},
+    )
+    assert isinstance(outputs[0]["generated_text"], str)
+
+
+def tiny_config(processor) -> dict:
+    def token_id(token):
+        return processor.tokenizer.convert_tokens_to_ids(token)
+
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    return {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "image_size": [36, 36],
+            "patch_size": 4,
+            **attention,
+        },
+        "adapter_config": {
+            "vision_feature_layer": [-1, -2],
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "text_hidden_size": 16,
+            **attention,
+        },
+        "text_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "vocab_size": token_id("<im_patch>"),
+            "additional_vocab_size": 10,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            **attention,
+        },
+        "image_patch_id": token_id("<im_patch>"),
+        "image_start_token_id": token_id("<im_start>"),
+        "low_res_image_start_token_id": token_id("<low_res_im_start>"),
+        "image_end_token_id": token_id("<im_end>"),
+        "frame_start_token_id": token_id("<frame_start>"),
+        "frame_end_token_id": token_id("<frame_end>"),
+    }
+
+
+# Bad input
+
+
+def test_unknown_kind_of_video(processor):
+    with pytest.raises(ValueError, match="A video of type dict is not supported"):
+        processor(text="<|video|>", videos=[{"path": "clip.mp4"}])
+
+
+def test_missing_file_and_page(processor, served):
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
+        apply_chat(processor, chat("nowhere.mp4"))
+    with pytest.raises(ValueError, match="cannot be downloaded .*404"):
+        apply_chat(processor, chat(f"{served}/nowhere.mp4"))
+    with pytest.raises(ValueError, match="cannot be downloaded"):
+        apply_chat(processor, chat("http://127.0.0.1:9/nowhere.mp4"))
+
+
+def test_metadata_of_other_frames(processor):
+    """The usual slip: frames already sampled, with the metadata of the whole file."""
+    with pytest.raises(ValueError, match="fewer than their metadata says .*do_sample_frames=False"):
+        processor.video_processor([frames(8)], video_metadata=[metadata_of(100, 10.0)])
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The tiny processor as saved by its own class, beside a model config of ratio 0.3."""
+    folder = tmp_path / "checkpoint"
+    STTSMolmoProcessor.from_pretrained(TINY).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "stts_molmo", "stts_config": {"prune_ratio": 0.3}}))
+    return folder
+
+
+def load(kind, folder, **kwargs):
+    """The video processor of a checkpoint, by each way to load it."""
+    if kind == "AutoProcessor":
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=True, **kwargs).video_processor
+    if kind == "AutoVideoProcessor":
+        return AutoVideoProcessor.from_pretrained(folder, trust_remote_code=True, **kwargs)
+    if kind == "STTSMolmoProcessor":
+        return STTSMolmoProcessor.from_pretrained(folder, **kwargs).video_processor
+    return STTSMolmoVideoProcessor.from_pretrained(folder, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["AutoProcessor", "AutoVideoProcessor", "STTSMolmoProcessor", "STTSMolmoVideoProcessor"]
+)
+def test_ratio_comes_from_the_checkpoints_config(checkpoint, kind):
+    video_processor = load(kind, checkpoint)
+    assert type(video_processor).__name__ == "STTSMolmoVideoProcessor"
+    assert video_processor.prune_ratio == 0.3
+    assert num_sampled(video_processor, 400, 10.0, test_time_scaling=True) == 23  # ceil(16 / 0.7)
+    assert num_sampled(video_processor, 400, 10.0, test_time_scaling=True, prune_ratio=0.5) == 32
+    assert num_sampled(video_processor, 400, 10.0) == 16
+
+
+def test_ratio_follows_config_json_and_is_saved_nowhere_else(checkpoint, tmp_path):
+    again = tmp_path / "again"
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    processor.video_processor.test_time_scaling = True
+    processor.save_pretrained(again)
+    assert "prune_ratio" not in (again / "processor_config.json").read_text()
+    (again / "config.json").write_text(json.dumps({"model_type": "stts_molmo", "stts_config": {"prune_ratio": 0.5}}))
+    second = AutoProcessor.from_pretrained(again, trust_remote_code=True)
+    assert second.video_processor.prune_ratio == 0.5
+    assert second.video_processor.test_time_scaling is True
+    assert num_sampled(second.video_processor, 400, 10.0) == 32
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "molmo2"}])
+def test_scaling_without_a_ratio(checkpoint, config):
+    (checkpoint / "config.json").unlink()
+    if config:
+        (checkpoint / "config.json").write_text(json.dumps(config))
+    video_processor = load("STTSMolmoVideoProcessor", checkpoint)
+    with pytest.raises(ValueError, match="test_time_scaling needs a prune_ratio"):
+        num_sampled(video_processor, 400, 10.0, test_time_scaling=True)
+    with pytest.raises(ValueError, match="prune_ratio=1 must be"):
+        num_sampled(video_processor, 400, 10.0, test_time_scaling=True, prune_ratio=1)
+    assert num_sampled(video_processor, 400, 10.0) == 16
+
+
+def test_saved_files_name_their_classes(checkpoint):
+    saved = json.loads((checkpoint / "processor_config.json").read_text())
+    assert saved["auto_map"]["AutoProcessor"] == "processing_stts_molmo.STTSMolmoProcessor"
+    video_auto_map = saved["video_processor"]["auto_map"]
+    assert video_auto_map["AutoVideoProcessor"] == "processing_stts_molmo.STTSMolmoVideoProcessor"
+    assert saved["image_processor"]["image_processor_type"] == "Molmo2ImageProcessor"
+    code = sorted(path.name for path in checkpoint.glob("*.py"))
+    assert code == ["configuration_stts_molmo.py", "processing_stts_molmo.py"]
+
+
+def test_a_native_checkpoint_gets_our_video_processor(tmp_path):
+    for name in PROCESSOR_FILES:
+        shutil.copy(TINY / name, tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    settings["processor_class"], settings["video_processor"]["video_processor_type"] = (
+        "Molmo2Processor",
+        "Molmo2VideoProcessor",
+    )
+    for part in (settings, settings["video_processor"]):
+        part.pop("auto_map", None)
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    processor = STTSMolmoProcessor.from_pretrained(tmp_path)
+    assert type(processor.video_processor) is STTSMolmoVideoProcessor
+    assert processor.video_processor.num_frames == 16
