@@ -260,7 +260,7 @@ def read_frame_index(video: str) -> FrameIndex:
                 if packet.pts is not None:
                     end = packet.pts + (packet.duration or 0)
                     packets.append((packet.pts, end, packet.is_keyframe, packet.is_discard))
-        if not packets:
+        if all(is_discard for *_, is_discard in packets):
             raise ValueError(f"{video!r} has no frames with a presentation time; re-encode it as mp4, webm or mkv.")
         pts, end, is_keyframe, is_discard = map(np.array, zip(*packets, strict=True))
         warn_if_truncated(video, container, stream, len(pts), float((end.max() - pts.min()) * stream.time_base))
@@ -284,7 +284,7 @@ def warn_if_truncated(video: str, container, stream: av.VideoStream, num_frames:
 
 def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterator[av.VideoFrame]:
     """
-    Decode the frames on display at given times. One frame is held at a time.
+    Decode the frames on display at given times, without holding on to them.
 
     Decoding goes on from frame to frame, and jumps to the last key frame before a target that is far ahead.
 
@@ -304,7 +304,7 @@ def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterato
             keyframes = index.keyframes[: np.searchsorted(index.keyframes, target, side="right")]
             start, stop = np.searchsorted(index.pts, [position, keyframes[-1]])
             if stop - start > MIN_FRAMES_TO_JUMP:
-                frames, ahead = seek_frames(container, stream, keyframes), None
+                frames, ahead = seek_frames(container, stream, keyframes, position), None
             while shown is None or shown.pts < target:
                 ahead = ahead or next(frames, None)
                 if ahead is None or ahead.pts > target:
@@ -322,11 +322,16 @@ def iterate_frames(container: av.container.InputContainer, stream: av.VideoStrea
 
 
 def seek_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, keyframes: np.ndarray
+    container: av.container.InputContainer, stream: av.VideoStream, keyframes: np.ndarray, position: int
 ) -> Iterator[av.VideoFrame]:
-    """The frames from the last of `keyframes` on, or from an earlier one where the container's index is inexact."""
-    for keyframe in reversed(keyframes.tolist()):
-        container.seek(keyframe, stream=stream)
+    """
+    The frames from the last of `keyframes` on.
+
+    Where the container's index is inexact they start some key frames earlier, and where the data there is damaged
+    at the last key frame up to `position`.
+    """
+    for keyframe in (*keyframes[:-4:-1], *keyframes[keyframes <= position][-1:]):
+        container.seek(int(keyframe), stream=stream)
         frames = iterate_frames(container, stream)
         first = next(frames, None)
         if first is not None and first.pts <= keyframes[-1]:
@@ -352,16 +357,28 @@ def decode_clip(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[tor
     """
     clip, taken = None, []
     for frame in decode_frames(video, index, targets):
-        if clip is None:
-            width, height = frame.width, frame.height
-        elif frame.pts == taken[-1]:
+        if taken and frame.pts == taken[-1]:
             continue
-        rgb = to_rgb(frame, width, height)
         if clip is None:
-            clip = torch.empty((len(targets), 3, *rgb.shape[:2]), dtype=torch.uint8)
-        clip[len(taken)] = torch.from_numpy(rgb).permute(2, 0, 1)
+            width, height = frame.width, frame.height  # of all frames, should the stream change its size
+            clip = torch.empty((len(targets), 3, *to_rgb(frame, width, height).shape[:2]), dtype=torch.uint8)
+        clip[len(taken)] = torch.from_numpy(to_rgb(frame, width, height)).permute(2, 0, 1)
         taken.append(frame.pts)
     return None if clip is None else clip[: len(taken)], np.array(taken, dtype=np.int64)
+
+
+def sample_clip(
+    video: str, index: FrameIndex, sample_indices_fn: Callable | None
+) -> tuple[torch.Tensor, TimedVideoMetadata, int]:
+    """`read_video` with a given index; also returns how many of the sampled frames are missing."""
+    metadata = index.metadata()
+    indices = np.arange(len(index.pts)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+    clip, taken = decode_clip(video, index, index.pts[indices])
+    if clip is None:
+        raise ValueError(f"No frame of {video!r} can be decoded; the file is damaged.")
+    metadata.frames_indices = np.searchsorted(index.pts, taken, side="right") - 1
+    metadata.height, metadata.width = clip.shape[-2:]
+    return clip, metadata, len(indices) - len(taken)
 
 
 def read_video(video: str, sample_indices_fn: Callable | None = None) -> tuple[torch.Tensor, TimedVideoMetadata]:
@@ -384,21 +401,16 @@ def read_video(video: str, sample_indices_fn: Callable | None = None) -> tuple[t
         ValueError: the file is empty, not a video, has no video stream or no decodable frame.
     """
     index = read_frame_index(video)
-    while True:
-        metadata = index.metadata()
-        indices = np.arange(len(index.pts)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
-        clip, taken = decode_clip(video, index, index.pts[indices])
-        if clip is None:
-            raise ValueError(f"No frame of {video!r} can be decoded; the file is damaged.")
-        metadata.frames_indices = np.searchsorted(index.pts, taken, side="right") - 1
-        metadata.height, metadata.width = clip.shape[-2:]
-        if len(taken) == len(indices):
-            return clip, metadata
-        logger.warning(f"{video!r} is damaged: {len(taken)} of {len(indices)} sampled frames can be decoded.")
-        before_damage = index.pts[index.pts <= taken[-1]]
-        if len(before_damage) == len(index.pts):
-            return clip, metadata
-        index = index._replace(pts=before_damage)
+    clip, metadata, num_missing = sample_clip(video, index, sample_indices_fn)
+    if num_missing:
+        num_frames = metadata.frames_indices[-1] + 1
+        logger.warning(
+            f"{video!r} is damaged: {num_missing} of {num_missing + len(clip)} sampled frames cannot be decoded. "
+            f"Sampling among the first {num_frames} of {len(index.pts)} frames."
+        )
+        index = index._replace(pts=index.pts[:num_frames])
+        clip, metadata, _ = sample_clip(video, index, sample_indices_fn)
+    return clip, metadata
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,7 +471,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         values, kwargs = super().get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
         with contextlib.suppress(OSError):  # a processor saved without its model
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
-            values["prune_ratio"] = config.get("stts_config", {}).get("prune_ratio")
+            values["prune_ratio"] = (config.get("stts_config") or {}).get("prune_ratio")
         return values, kwargs
 
     def to_dict(self):
@@ -493,30 +505,33 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         """
         if fps is not None and num_frames is not None:
             raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them.")
-        rate = fps if fps is not None else max_fps if max_fps is not None else self.max_fps
+        if fps is None:
+            fps = self.max_fps if max_fps is None else max_fps
+            num_frames = self.num_frames if num_frames is None else num_frames
+            if self.test_time_scaling if test_time_scaling is None else test_time_scaling:
+                num_frames = scaled_num_frames(num_frames, self._scaling_ratio(prune_ratio))
 
         frame_times = getattr(metadata, "frame_times", None)
         if frame_times is None:
             if metadata.fps is None:
-                metadata.fps = rate
+                metadata.fps = fps or Molmo2VideoProcessor.max_fps
                 logger.warning_once(
-                    f"The frame rate of the video is unknown: taking it as {rate} fps, which sets the timestamps in "
-                    "the prompt. Pass `video_metadata` with its `fps`."
+                    f"The frame rate of the video is unknown: taking it as {metadata.fps} fps, which sets the "
+                    "timestamps in the prompt. Pass `video_metadata` with its `fps`."
                 )
             frame_times = np.arange(metadata.total_num_frames) / metadata.fps
+        if len(frame_times) == 0:
+            raise ValueError("The video has no frames; pass at least one.")
+        return sample_frame_indices(frame_times, sample_frame_times(frame_times[-1], num_frames, fps))
 
-        if fps is not None:
-            return sample_frame_indices(frame_times, sample_frame_times(frame_times[-1], None, rate))
-        num_frames = num_frames if num_frames is not None else self.num_frames
-        if test_time_scaling if test_time_scaling is not None else self.test_time_scaling:
-            prune_ratio = prune_ratio if prune_ratio is not None else self.prune_ratio
-            if prune_ratio is None:
-                raise ValueError(
-                    "test_time_scaling needs a prune_ratio, and this processor was loaded from no checkpoint with an "
-                    "stts_config in its config.json; pass prune_ratio=..., such as 0.5."
-                )
-            num_frames = scaled_num_frames(num_frames, prune_ratio)
-        return sample_frame_indices(frame_times, sample_frame_times(frame_times[-1], num_frames, rate))
+    def _scaling_ratio(self, prune_ratio: float | None) -> float:
+        prune_ratio = self.prune_ratio if prune_ratio is None else prune_ratio
+        if prune_ratio is None:
+            raise ValueError(
+                "test_time_scaling needs a prune_ratio, and this processor was loaded from no checkpoint with an "
+                "stts_config in its config.json; pass prune_ratio=..., such as 0.5."
+            )
+        return prune_ratio
 
     def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn: Callable | None = None):
         if isinstance(video_url_or_urls, list):

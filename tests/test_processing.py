@@ -404,6 +404,11 @@ def test_missing_file_and_page(processor, served):
         apply_chat(processor, chat("http://127.0.0.1:9/nowhere.mp4"))
 
 
+def test_no_frames(processor):
+    with pytest.raises(ValueError, match="has no frames"):
+        processor.video_processor([frames(0)], video_metadata=[metadata_of(0, 10.0)])
+
+
 def test_metadata_of_other_frames(processor):
     """The usual slip: frames already sampled, with the metadata of the whole file."""
     with pytest.raises(ValueError, match="fewer than their metadata says .*do_sample_frames=False"):
