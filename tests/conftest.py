@@ -127,7 +127,7 @@ def make_inputs(
     """A batch; `None` in `num_frames` is a row of text only."""
     tokens_per_frame = (-(-grid // window)) ** 2
     rows = [
-        prompt_ids(count or 0, tokens_per_frame, [10 + index, 20, 30 + (seed + index) % 8, 3])
+        prompt_ids(count or 0, tokens_per_frame, [10 + index, 20, 30 + (seed + index) % 8, 9])
         for index, count in enumerate(num_frames)
     ]
     length = max(map(len, rows))

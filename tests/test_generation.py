@@ -1,0 +1,299 @@
+"""generate(): whatever strategy, the caller sees the full prompt, and gets what each row gives alone."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN, make_inputs, make_model, make_native
+from test_model import BATCH, CASES, solo
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StaticCache,
+    StoppingCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+BEAMS = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+
+
+def new_tokens(model, inputs, **kwargs):
+    """Tokens after the prompt, which must come back untouched."""
+    sequences = model.generate(**inputs, **kwargs)
+    prompt = inputs["input_ids"]
+    repeats = len(sequences) // len(prompt)
+    assert torch.equal(sequences[:, : prompt.shape[1]], prompt.repeat_interleave(repeats, dim=0))
+    return sequences[:, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_pruned_generates_what_native_generates(case, options):
+    inputs = CASES[case]()
+    ours = make_model().generate(**inputs, **options, prune_ratio=0)
+    assert torch.equal(ours, make_native().generate(**inputs, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, BEAMS, BEAMS | {"num_return_sequences": 3}],
+    ids=["greedy", "beams", "return all beams"],
+)
+@pytest.mark.parametrize("method", ["scorer", "cosine", "random"])
+def test_a_batch_generates_what_each_row_generates_alone(method, options):
+    model, inputs = make_model(method=method), make_inputs(BATCH)
+    together = new_tokens(model, inputs, **options)
+    returned = options.get("num_return_sequences", 1)
+    for row in range(len(BATCH)):
+        alone = new_tokens(model, solo(inputs, row, BATCH), **options)
+        assert torch.equal(together[row * returned : (row + 1) * returned, : alone.shape[1]], alone)
+
+
+def test_generation_follows_forward():
+    """Greedy tokens are the argmax of the logits of the whole sequence, pruned the same way."""
+    model, inputs = make_model(), make_inputs([6])
+    tokens = new_tokens(model, inputs, **GREEDY)
+    full = torch.cat([inputs["input_ids"], tokens], dim=1)
+    types = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], dim=1)
+    with torch.no_grad():
+        logits = model(
+            **inputs | {"input_ids": full, "mm_token_type_ids": types, "attention_mask": torch.ones_like(full)}
+        ).logits
+    assert torch.equal(logits[:, -7:-1].argmax(-1), tokens)
+
+
+def test_vision_is_encoded_once(monkeypatch):
+    model, calls = make_model(), []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[0]))
+    model.generate(**make_inputs([4, 2]), **BEAMS)
+    assert calls == [6]
+
+
+def test_ratio_and_method_of_a_call():
+    model, inputs = make_model(), make_inputs([6])
+    results = {
+        (ratio, method): tuple(new_tokens(model, inputs, **GREEDY, prune_ratio=ratio, method=method)[0].tolist())
+        for ratio, method in [(None, None), (0.5, "scorer"), (0.75, "scorer"), (0.5, "random"), (0.5, "none"), (0, None)]
+    }
+    assert results[None, None] == results[0.5, "scorer"]
+    assert results[0.5, "none"] == results[0, None]
+    assert len(set(results.values())) >= 3
+
+
+def test_sampling_is_reproducible():
+    model, inputs = make_model(), make_inputs([4, 3])
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(new_tokens(model, inputs, max_new_tokens=8, do_sample=True, num_return_sequences=2))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert runs[0].shape == (4, 8)
+
+
+def test_dictionary_output():
+    model, inputs = make_model(), make_inputs([4, 6])
+    output = model.generate(
+        **inputs, **GREEDY, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
+    assert len(output.scores) == len(output.logits) == 6
+    assert torch.equal(torch.stack(output.logits, 1).argmax(-1), output.sequences[:, length:])
+    transition = model.compute_transition_scores(output.sequences, output.scores)
+    assert transition.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"max_new_tokens": 3},
+        {"max_length": 40},
+        {"generation_config": GenerationConfig(max_length=41)},
+        {"max_new_tokens": 8, "min_new_tokens": 5},
+        {"max_length": 44, "min_length": 42},
+        {},
+    ],
+    ids=str,
+)
+def test_lengths_mean_what_they_mean_natively(lengths):
+    inputs = make_inputs([4, 2])
+    assert inputs["input_ids"].shape[1] < 40
+    ours = make_model().generate(**inputs, **lengths, do_sample=False)
+    native = make_native().generate(**inputs, **lengths, do_sample=False)
+    assert ours.shape == native.shape
+
+
+def test_max_length_of_the_models_own_generation_config():
+    model, inputs = make_model(), make_inputs([4])
+    model.generation_config.max_length = 37
+    assert model.generate(**inputs).shape[1] == 37
+
+
+def test_eos_stops_and_pads():
+    model, inputs = make_model(), make_inputs([4, 6])
+    free = new_tokens(model, inputs, **GREEDY)
+    stopped = new_tokens(model, inputs, **GREEDY, eos_token_id=int(free[0, 1]), pad_token_id=0)
+    assert stopped[0, :2].tolist() == free[0, :2].tolist() and (stopped[0, 2:] == 0).all()
+
+
+class Recorder(LogitsProcessor, StoppingCriteria):
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids.clone())
+        return scores if isinstance(scores, torch.Tensor) else torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_logits_processors_see_full_sequences():
+    model, inputs, recorder = make_model(), make_inputs([4, 6]), Recorder()
+    sequences = model.generate(**inputs, **GREEDY, logits_processor=[recorder])
+    length = inputs["input_ids"].shape[1]
+    for step, seen in enumerate(recorder.seen):
+        assert torch.equal(seen, sequences[:, : length + step])
+
+
+def test_stopping_criteria_see_full_sequences():
+    model, inputs = make_model(), make_inputs([4, 6])
+    length = inputs["input_ids"].shape[1]
+    sequences = model.generate(**inputs, **GREEDY, stopping_criteria=[MaxLengthCriteria(length + 2)])
+    assert sequences.shape[1] == length + 2
+
+
+def test_prefix_function_sees_full_sequences():
+    model, inputs, seen = make_model(), make_inputs([4, 6]), []
+
+    def allowed(batch_id, sequence):
+        seen.append((batch_id, sequence.clone()))
+        return [7, 8]
+
+    tokens = new_tokens(model, inputs, **BEAMS, prefix_allowed_tokens_fn=allowed)
+    assert ((tokens == 7) | (tokens == 8)).all()
+    for batch_id, sequence in seen:
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(sequence[:length], inputs["input_ids"][batch_id])
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.chunks, self.ended = [], False
+
+    def put(self, value):
+        self.chunks.append(value.clone())
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_gets_the_full_prompt_then_tokens():
+    model, inputs, streamer = make_model(), make_inputs([4]), Collector()
+    sequences = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert streamer.ended and torch.equal(streamer.chunks[0], inputs["input_ids"])
+    assert torch.cat([chunk.flatten() for chunk in streamer.chunks]).tolist() == sequences[0].tolist()
+
+
+def test_static_cache():
+    model, inputs = make_model(), make_inputs([4, 6])
+    dynamic = new_tokens(model, inputs, **GREEDY)
+    static = new_tokens(model, inputs, **GREEDY, cache_implementation="static", disable_compile=True)
+    assert torch.equal(dynamic, static)
+
+
+def test_without_a_cache():
+    model, inputs = make_model(), make_inputs([4, 6])
+    assert torch.equal(new_tokens(model, inputs, **GREEDY), new_tokens(model, inputs, **GREEDY, use_cache=False))
+
+
+def test_prompt_lookup_decoding():
+    model, inputs = make_model(), make_inputs([4])
+    assert torch.equal(
+        new_tokens(model, inputs, **GREEDY), new_tokens(model, inputs, **GREEDY, prompt_lookup_num_tokens=2)
+    )
+
+
+def test_assisted_decoding():
+    model, inputs = make_model(), make_inputs([4])
+    assistant = make_model()
+    assert torch.equal(new_tokens(model, inputs, **GREEDY), new_tokens(model, inputs, **GREEDY, assistant_model=assistant))
+
+
+def test_chunked_prefill():
+    model, inputs = make_model(), make_inputs([4])
+    chunked = new_tokens(make_native(), inputs, **GREEDY, prefill_chunk_size=8)
+    if not torch.equal(chunked, new_tokens(make_native(), inputs, **GREEDY)):
+        pytest.skip("native Molmo2 answers differently in chunks: its vision block spans them")
+    assert torch.equal(new_tokens(model, inputs, **GREEDY, prefill_chunk_size=8), new_tokens(model, inputs, **GREEDY))
+
+
+def extend(sequences, inputs, turn):
+    """The next turn's inputs: the conversation so far and a new question, without the pixels."""
+    turn = torch.tensor([turn]).expand(len(sequences), -1)
+    input_ids = torch.cat([sequences, turn], dim=1)
+    grown = input_ids.shape[1] - inputs["attention_mask"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(sequences), grown, dtype=torch.long)], dim=1)
+    return {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": (input_ids == IMAGE_TOKEN).long()}
+
+
+@pytest.mark.parametrize("own_cache", [False, True], ids=["returned cache", "the caller's cache"])
+@pytest.mark.parametrize("batch", [[4], [4, 6]], ids=str)
+def test_later_turns_continue_with_the_cache(batch, own_cache):
+    model, inputs = make_model(), make_inputs(batch)
+    cache = DynamicCache(config=model.config.get_text_config()) if own_cache else None
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, past_key_values=cache)
+    cache = first.past_key_values
+    second_inputs = extend(first.sequences, inputs, [11, 12, 13])
+    second = model.generate(**second_inputs, **GREEDY, return_dict_in_generate=True, past_key_values=cache)
+    third_inputs = extend(second.sequences, second_inputs, [14, 15])
+    third = model.generate(**third_inputs, **GREEDY, past_key_values=second.past_key_values)
+    videos = {n: inputs[n] for n in ("pixel_values_videos", "video_token_pooling", "video_grids")}
+    for turn_inputs, sequences in ((second_inputs, second.sequences), (third_inputs, third)):
+        assert torch.equal(sequences, model.generate(**turn_inputs, **videos, **GREEDY))
+
+
+def test_a_cache_with_a_video_refuses_another():
+    model, inputs = make_model(), make_inputs([4])
+    output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="already holds a video"):
+        model.generate(**inputs, **GREEDY, past_key_values=output.past_key_values)
+
+
+def test_a_static_cache_of_the_callers():
+    model, inputs = make_model(), make_inputs([4, 6])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
+    expected = new_tokens(model, inputs, **GREEDY)
+    assert torch.equal(new_tokens(model, inputs, **GREEDY, past_key_values=cache, disable_compile=True), expected)
+
+
+def test_two_threads_generate_what_each_gives_alone():
+    model = make_model()
+    batches = [make_inputs([6], seed=0), make_inputs([4, 3], seed=1)]
+    alone = [model.generate(**inputs, **GREEDY) for inputs in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for index, sequences in enumerate(pool.map(lambda i: model.generate(**batches[i % 2], **GREEDY), range(16))):
+            assert torch.equal(sequences, alone[index % 2])
+
+
+def test_a_positional_prompt_and_explicit_positions():
+    model, inputs = make_model(), make_inputs([4, 6])
+    expected = model.generate(**inputs, **GREEDY)
+    prompt = inputs.pop("input_ids")
+    assert torch.equal(model.generate(prompt, **inputs, **GREEDY), expected)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    assert torch.equal(model.generate(prompt, **inputs, position_ids=positions, **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i | {"prune_ratio": -1}, "prune_ratio=-1"),
+        (lambda i: {n: v for n, v in i.items() if n != "input_ids"}, "needs input_ids"),
+        (lambda i: i | {"input_ids": i["input_ids"].clamp_max(60)}, "0 <im_patch> placeholders, but the videos have 16"),
+    ],
+    ids=["ratio", "no ids", "no placeholders"],
+)
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(**change(make_inputs([4])), **GREEDY)
