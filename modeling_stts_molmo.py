@@ -1052,7 +1052,7 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
     """
 
     config: STTSMolmoConfig
-    accepts_loss_kwargs = True  # the loss is a mean over all labels of an accumulated batch, as far as it is told
+    accepts_loss_kwargs = True  # the loss is a share of a mean over all labels of an accumulated batch
 
     def __init__(self, config: STTSMolmoConfig):
         # Not Molmo2ForConditionalGeneration.__init__: it would build a plain model first.
