@@ -1,0 +1,121 @@
+"""Fine-tune an STTS checkpoint, or a plain Molmo2 one, on questions about videos.
+
+On the bundled clips, and on eight GPUs:
+
+    python examples/finetune.py --model checkpoints/stts-molmo-tiny --dataset examples/finetune.jsonl \\
+        --output_dir runs/tiny --max_steps 50 --warmup_steps 5 --learning_rate 1e-3
+
+    torchrun --nproc_per_node 8 examples/finetune.py --model allenai/Molmo2-4B --dataset my_videos.jsonl \\
+        --output_dir runs/molmo2 --bf16 --gradient_checkpointing --per_device_train_batch_size 1 \\
+        --gradient_accumulation_steps 8 --dataloader_num_workers 4 --save_steps 500
+
+Besides the flags below it takes all of the Trainer's. Defaults are those of the paper (section 4.1).
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Video, load_dataset
+from stts_molmo.configuration_stts_molmo import validate_prune_ratio
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.training import VideoQACollator, log_aux_loss, parameter_groups
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(
+        metadata={"help": "Directory or Hub id of an STTS checkpoint, or of a Molmo2 one, which gets a fresh scorer."}
+    )
+    dataset: str = field(
+        metadata={
+            "help": "JSON Lines file, folder or Hub id. Rows have `video`, `question` and `answer`, or `messages`: a "
+            "chat that ends with the assistant's answer. Relative paths start at the file's folder."
+        }
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on, such as 'train[:95%]'."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, such as 'train[95%:]'."})
+    num_frames: int | None = field(default=None, metadata={"help": "Most frames of a video; else the checkpoint's."})
+    prune_ratio: float | None = field(default=None, metadata={"help": "Share of tokens to drop; else the checkpoint's"})
+    vision_learning_rate: float = field(default=5e-6, metadata={"help": "Learning rate of the ViT and the connector."})
+    scorer_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the token scorer."})
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the LLM."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of all learning rates."})
+    warmup_steps: float = field(default=200, metadata={"help": "Steps of linear warm-up; below 1, a share of all."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: the collator reads chats."})
+    ddp_find_unused_parameters: bool = field(
+        default=True, metadata={"help": "Needed where one process has a batch without a video."}
+    )
+
+
+def load_chats(name: str, split: str) -> Dataset:
+    """Rows `{"messages": chat}` of a JSON Lines file, a folder or a dataset on the Hub."""
+    path = Path(name)
+    dataset = load_dataset("json", data_files=name, split=split) if path.is_file() else load_dataset(name, split=split)
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Video):  # the processor decodes, and only the frames it samples
+            dataset = dataset.cast_column(column, Video(decode=False))
+    return dataset.with_transform(partial(to_chats, folder=path.parent if path.is_file() else path))
+
+
+def to_chats(columns: dict[str, list], folder: Path) -> dict[str, list]:
+    """A batch of rows, by column, as chats; relative paths of videos start at `folder`."""
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return {"messages": [to_chat(row, folder) for row in rows]}
+
+
+def to_chat(row: dict, folder: Path) -> list[dict]:
+    if "messages" in row:
+        return [
+            {**message, "content": [locate(part, folder) for part in message["content"]]}
+            if isinstance(message["content"], list)
+            else message
+            for message in row["messages"]
+        ]
+    question = [{"type": "text", "text": row["question"]}]
+    if row.get("video") is not None:
+        question.insert(0, locate({"type": "video", "path": row["video"]}, folder))
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["answer"]}]
+
+
+def locate(part: dict, folder: Path) -> dict:
+    path = part.get("path")
+    if isinstance(path, dict):  # a column of videos: embedded bytes, or the path of a file
+        return {**part, "path": path["path"] if path["bytes"] is None else path["bytes"]}
+    return part if path is None or "://" in path else {**part, "path": str(folder / path)}
+
+
+def main(argv: list[str] | None = None) -> Trainer:
+    script, args = HfArgumentParser((ScriptArguments, FinetuneArguments)).parse_args_into_dataclasses(argv)
+    processor = STTSMolmoProcessor.from_pretrained(script.model)
+    # In float32 also with --bf16: steps as small as these learning rates make are lost on bfloat16 weights.
+    model = STTSMolmoForConditionalGeneration.from_pretrained(script.model, dtype=torch.float32)
+    if script.prune_ratio is not None:
+        model.config.stts_config.prune_ratio = validate_prune_ratio(script.prune_ratio)
+    groups = parameter_groups(
+        model, args.learning_rate, script.vision_learning_rate, script.scorer_learning_rate, args.weight_decay
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=load_chats(script.dataset, script.train_split),
+        eval_dataset=load_chats(script.dataset, script.eval_split) if script.eval_split else None,
+        data_collator=VideoQACollator(processor, {"num_frames": script.num_frames} if script.num_frames else {}),
+        processing_class=processor,
+        optimizers=(torch.optim.AdamW(groups), None),
+    )
+    log_aux_loss(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Fine-tuning with the Transformers `Trainer`: batches of chats about videos, the paper's learning rates, logs."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import BatchFeature, ProcessorMixin, Trainer, TrainerCallback
+
+ANSWER = "\0"  # stands for an answer while a chat template is rendered
+
+# Writes a chat that `split_at_answers` took apart, and tells the processor where its answers are.
+ANSWERS_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+    "{% else %}{{ message.content[-1].text }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def split_at_answers(messages: list[dict], processor: ProcessorMixin) -> list[dict]:
+    """
+    Render a chat's prompts, so that what is left for `ANSWERS_TEMPLATE` is to join them with the answers.
+
+    Works with any chat template, also one without `{% generation %}` markers, and puts before the last answer exactly
+    the prompt that `generate` would start from.
+
+    Args:
+        messages: chat whose last message is the assistant's; content parts whose value is `None` count as absent.
+        processor: gives the chat template and the tokenizer.
+
+    Returns:
+        Messages of the user (images and videos of the whole chat in the first one, rendered text) and the assistant
+        (answer and end-of-turn token) in turn.
+
+    Raises:
+        ValueError: the last message is not the assistant's, an answer contains a token of images or videos, or the
+            chat template leaves an answer out.
+    """
+    role = messages[-1]["role"] if messages else None
+    if role != "assistant":
+        raise ValueError(
+            f"A chat to train on must end with a message of role 'assistant', the answer; found {role!r} in {messages}."
+        )
+    messages = [{**message, "content": _content_parts(message["content"])} for message in messages]
+    answers = ["".join(part["text"] for part in m["content"]) for m in messages if m["role"] == "assistant"]
+    tokenizer = processor.tokenizer
+    vision_tokens = tokenizer.convert_ids_to_tokens(processor.image_token_ids)
+    for token in (*vision_tokens, processor.image_token, processor.video_token):
+        for answer in answers:
+            if token in answer:
+                raise ValueError(f"The answer {answer!r} contains {token}, which the model cannot write; remove it.")
+
+    hidden = [{"type": "text", "text": ANSWER}]
+    turns = [{**m, "content": hidden} if m["role"] == "assistant" else m for m in messages[:-1]]
+    prompts = processor.apply_chat_template(turns, add_generation_prompt=True).split(ANSWER)
+    if len(prompts) != len(answers):
+        raise ValueError(
+            f"The chat template writes {len(prompts) - 1} of {len(answers) - 1} earlier answers; to train on all of "
+            "them use a template that keeps them, or make each answer the last of a chat of its own."
+        )
+    # Molmo2Processor adds the token where a template does not, which would shift the answers.
+    start = tokenizer.bos_token or tokenizer.eos_token
+    prompts[0] = start + prompts[0].removeprefix(start)
+
+    visuals = [part for message in messages for part in message["content"] if part["type"] != "text"]
+    chat = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        prompt = prompt.removeprefix(tokenizer.eos_token) if chat else prompt
+        chat.append({"role": "user", "content": [*visuals, {"type": "text", "text": prompt}]})
+        chat.append({"role": "assistant", "content": answer + tokenizer.eos_token})
+        visuals = []
+    return chat
+
+
+def _content_parts(content: str | list[dict]) -> list[dict]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [{name: value for name, value in part.items() if value is not None} for part in content]
+
+
+@dataclass
+class VideoQACollator:
+    r"""
+    Turns chats about videos into a batch for training; pass it to a `Trainer` as `data_collator` together with
+    `remove_unused_columns=False`.
+
+    Args:
+        processor: an [`STTSMolmoProcessor`], left as it is.
+        processor_kwargs: further arguments of its calls, such as `{"num_frames": 32}`.
+
+    Calling it with a list of examples `{"messages": [...]}`, each a chat that ends with the assistant's answer, gives
+    what the processor returns, padded on the right, and `labels`: int64 `(batch, sequence)`, the ids of each answer of
+    the assistant and of the token that ends it, -100 everywhere else. Chats with a video and without may be mixed.
+
+    Raises:
+        ValueError: see [`split_at_answers`].
+
+    Example:
+
+    ```python
+    >>> question = [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "Which shape stands still?"}]
+    >>> messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "ring"}]
+    >>> batch = VideoQACollator(processor)([{"messages": messages}])
+    ```
+    """
+
+    processor: ProcessorMixin
+    processor_kwargs: dict = field(default_factory=dict)
+
+    def __call__(self, examples: list[dict]) -> BatchFeature:
+        batch = self.processor.apply_chat_template(
+            [split_at_answers(example["messages"], self.processor) for example in examples],
+            chat_template=ANSWERS_TEMPLATE,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={**self.processor_kwargs, "padding": True, "padding_side": "right"},
+        ).convert_to_tensors("pt")
+        is_answer = batch.pop("assistant_masks").bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~is_answer, -100)
+        return batch
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float = 1e-5,
+    vision_learning_rate: float = 5e-6,
+    scorer_learning_rate: float = 1e-4,
+    weight_decay: float = 0.0,
+) -> list[dict]:
+    """
+    The trainable parameters of `model` in groups with the learning rates of section 4.1, for any optimizer.
+
+    Args:
+        model: an STTS model, wrapped in adapters or not.
+        learning_rate: of the LLM.
+        vision_learning_rate: of the ViT and the connector.
+        scorer_learning_rate: of the token scorer.
+        weight_decay: of weights; biases and norms have none.
+
+    The paper's schedule is a cosine with 200 warm-up steps:
+
+    ```python
+    >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+    >>> args = TrainingArguments(lr_scheduler_type="cosine", warmup_steps=200, remove_unused_columns=False)
+    >>> trainer = Trainer(model, args, optimizers=(optimizer, None), data_collator=VideoQACollator(processor), ...)
+    ```
+    """
+    # The LLM's group comes first: its learning rate is the one that the Trainer logs.
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(learning_rate, weight_decay): []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "token_scorer." in name:
+            rate = scorer_learning_rate
+        elif "vision_tower." in name or "multi_modal_projector." in name:
+            rate = vision_learning_rate
+        else:
+            rate = learning_rate
+        groups.setdefault((rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items() if params]
+
+
+def log_aux_loss(trainer: Trainer) -> None:
+    """
+    Add `aux_loss` to the training logs of `trainer`: the unweighted auxiliary loss (section 3.4), averaged like the
+    loss over the steps and processes since the last log. Steps without a pruned video do not count.
+    """
+    # In front of the reporters (TensorBoard, wandb, ...), so that they see the value too.
+    trainer.callback_handler.callbacks.insert(0, _AuxLossCallback(trainer))
+
+
+class _AuxLossCallback(TrainerCallback):
+    """Sums on the device, and waits for it only when the Trainer logs, which waits anyway."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.sum, self.count = 0.0, 0
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.hook = model.register_forward_hook(self.add)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+    def add(self, model, inputs, outputs):
+        if model.training and outputs.aux_loss is not None:
+            self.sum = self.sum + outputs.aux_loss.detach().float()
+            self.count += 1
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" not in logs:  # evaluation, or the summary of a run
+            return
+        window = torch.tensor([0.0, self.count], device=args.device)
+        window[0] += self.sum
+        total, count = self.trainer.accelerator.reduce(window, "sum").tolist()
+        if count:
+            logs["aux_loss"] = state.log_history[-1]["aux_loss"] = total / count
+        self.sum, self.count = 0.0, 0
