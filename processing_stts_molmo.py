@@ -205,7 +205,7 @@ def download(url: str) -> EncodedVideo:
 @contextlib.contextmanager
 def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """
-    Open the best video stream of a file for threaded reading.
+    Open the first video stream of a file for threaded reading.
 
     Args:
         video (`str`): path of a file, or an `EncodedVideo`.
@@ -235,10 +235,11 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.Vid
             f"{video!r} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or mkv."
         ) from error
     with container:
-        stream = container.streams.best("video")
         if container.format.name == "tty":  # FFmpeg would render plain text as a video of a terminal
             raise ValueError(f"{video!r} is a text file, not a video; pass a file such as mp4, webm or mkv.")
-        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        cover = av.stream.Disposition.attached_pic  # the picture of an audio file
+        stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+        if stream is None:
             raise ValueError(f"{video!r} has no video stream (audio only?); pass a file that shows something.")
         stream.thread_type = "AUTO"
         yield container, stream
