@@ -229,7 +229,7 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.Vid
         raise ValueError(f"The video {video!r} is empty (0 bytes); it was probably not written or copied completely.")
     try:
         # A packet cut short by the end of a truncated file counts as absent.
-        container = av.open(source, options={"fflags": "+discardcorrupt"}, metadata_errors="ignore")
+        container = av.open(source, container_options={"fflags": "+discardcorrupt"}, metadata_errors="ignore")
     except av.FFmpegError as error:
         raise ValueError(
             f"{video!r} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or mkv."
