@@ -1,7 +1,7 @@
 .PHONY: demo test lint
 
-CLIP ?= $(firstword $(sort $(wildcard examples/clips/*.mp4)))
-QUESTION ?= Which colour is the shape?
+CLIP ?= examples/clips/quiet.mp4
+QUESTION ?= What color is the square?
 
 demo: .venv/.core
 	.venv/bin/stts-molmo ask "$(CLIP)" "$(QUESTION)"
@@ -13,12 +13,13 @@ lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/.core: setup.py pyproject.toml
+.venv/bin/python:
 	python3 -m venv .venv
+
+.venv/.core: .venv/bin/python setup.py pyproject.toml
 	.venv/bin/pip install --editable .
 	touch $@
 
-.venv/.test: setup.py pyproject.toml
-	python3 -m venv .venv
+.venv/.test: .venv/bin/python setup.py pyproject.toml
 	.venv/bin/pip install --editable ".[test]"
 	touch $@ .venv/.core
