@@ -84,7 +84,7 @@ def convert_checkpoint(
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
         folder = Path(scratch) / destination.name
-        model.save_pretrained(folder, state_dict=scorer)
+        model.save_pretrained(folder, state_dict=scorer, save_original_format=True)  # as the rest is named
         _write_processor(source, folder)
         _write_weights(tensor_files, renames, folder, progress)
         os.replace(folder, destination)
@@ -118,13 +118,17 @@ def _fetch(source: str | os.PathLike, revision: str | None) -> Path:
         ) from error
 
 
-def _read_config(source: Path) -> dict:
+def _read_json(file: Path) -> dict:
     try:
-        config = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{source} has no {CONFIG_NAME}, so it is not a Transformers checkpoint.") from error
+        raise FileNotFoundError(f"{file} is missing, so {file.parent} is not a Transformers checkpoint.") from error
     except ValueError as error:
-        raise ValueError(f"{source / CONFIG_NAME} is not valid JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON ({error}); fetch it again.") from error
+
+
+def _read_config(source: Path) -> dict:
+    config = _read_json(source / CONFIG_NAME)
     model_type = config.get("model_type")
     if model_type == STTSMolmoConfig.model_type:
         raise ValueError(f"{source} is an STTS checkpoint already; load it as it is, there is nothing to convert.")
@@ -138,7 +142,7 @@ def _locate_tensors(source: Path) -> dict[str, Path]:
     index = source / SAFE_WEIGHTS_INDEX_NAME
     files = {SAFE_WEIGHTS_NAME}
     if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(_read_json(index).get("weight_map", {}).values())
     tensor_files = {}
     for file in sorted(source / name for name in files):
         try:
@@ -170,7 +174,8 @@ def _load_on_meta(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    for name, found, expected in sorted(report["mismatched_keys"]):
+    if report["mismatched_keys"]:
+        name, found, expected = min(report["mismatched_keys"])
         raise ValueError(f"{source}: {name} has shape {tuple(found)}, but the config calls for {tuple(expected)}.")
     missing = {name for name in report["missing_keys"] if has_scorer or not name.startswith(SCORER)}
     if missing:

@@ -1062,6 +1062,16 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         self.vocab_size = config.text_config.vocab_size
         self.post_init()
 
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """
+        As `PreTrainedModel.save_pretrained`, except that tensors keep the modules' names: a `Trainer` resumes with
+        `load_state_dict`, which does not know the original checkpoints' names and would leave all weights as they are.
+
+        Args:
+            save_original_format: write the original checkpoints' names; `from_pretrained` reads both.
+        """
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
