@@ -1,0 +1,221 @@
+"""The fine-tuning script on the bundled clips: it trains, saves, resumes, and runs on two processes."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from safetensors.torch import load_file
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from test_training import CLIP, load_processor, make_tokenized_model, tokenized_config
+from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "finetune.py"
+DATASET = ROOT / "examples" / "finetune.jsonl"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+# Loads a saved model as someone does who has nothing of ours installed.
+CLEAN_LOAD = """
+import sys
+sys.modules["stts_molmo"] = sys.modules["stts_kernels"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for folder in sys.argv[1:]:
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    print(type(model).__name__, model.config.stts_config.prune_ratio, type(processor).__name__)
+"""
+
+# Two runs on two processes: equal rows, for comparison with one process; then one row without a video, which leaves one
+# process without gradients for the vision tower.
+ON_TWO_PROCESSES = """
+import sys, torch, torch.distributed
+sys.path.insert(0, sys.argv[1])
+import finetune
+for name in ("equal", "mixed"):
+    run = ["--dataset", f"{name}.jsonl", "--output_dir", name]
+    trainer = finetune.main([*run, *sys.argv[2:], *(["--gradient_checkpointing"] if name == "mixed" else [])])
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(both, weights)
+    assert torch.equal(*both) and weights.isfinite().all(), name
+torch.distributed.destroy_process_group()
+"""
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["finetune"] = module  # saved with a run are its arguments, by the name of their module
+    spec.loader.exec_module(module)
+    return module
+
+
+finetune = load_script()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_tokenized_model().save_pretrained(folder)
+    load_processor().save_pretrained(folder)
+    return folder
+
+
+def arguments(checkpoint: Path, output: Path, *more: str, dataset: Path = DATASET, steps: int = 6) -> list[str]:
+    settings = {
+        "model": checkpoint,
+        "dataset": dataset,
+        "output_dir": output,
+        "max_steps": steps,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "num_frames": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [*flags, "--use_cpu", "--disable_tqdm", "True", *more]
+
+
+def logged(trainer_or_state, name: str) -> list[float]:
+    return [logs[name] for logs in trainer_or_state.log_history if name in logs]
+
+
+def write_rows(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    trainer = finetune.main(
+        arguments(checkpoint, output, "--prune_ratio", "0.3", "--eval_split", "train[:2]", "--eval_strategy", "steps")
+    )
+    return trainer, output
+
+
+def test_trains_and_evaluates(uninterrupted, checkpoint):
+    trainer, output = uninterrupted
+    assert len(logged(trainer.state, "loss")) == len(logged(trainer.state, "aux_loss")) == 6
+    assert len(logged(trainer.state, "eval_loss")) == 6  # as often as it logs
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3, 5e-6, 1e-4}
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
+    assert before.keys() == after.keys()
+    for part in ("token_scorer.fc1.weight", "patch_embedding.weight", "lm_head.weight"):
+        name = next(name for name in before if name.endswith(part))
+        assert not torch.equal(before[name], after[name]), name
+
+
+def test_what_it_saves_loads_without_us(uninterrupted, tmp_path):
+    _, output = uninterrupted
+    environment = {**ENVIRONMENT, "HF_MODULES_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", CLEAN_LOAD, str(output / "checkpoint-2"), str(output)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["STTSMolmoForConditionalGeneration 0.3 STTSMolmoProcessor"] * 2
+
+
+def test_killed_and_resumed_ends_at_the_same_loss(uninterrupted, checkpoint, tmp_path):
+    flags = arguments(checkpoint, tmp_path, "--prune_ratio", "0.3")
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    saved = tmp_path / "checkpoint-2"
+    while not (saved / "trainer_state.json").exists() and process.poll() is None:  # the last file of a checkpoint
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "model.safetensors").exists()
+
+    resumed = finetune.main([*flags, "--resume_from_checkpoint", str(saved)])
+    expected, _ = uninterrupted
+    for name in ("loss", "aux_loss"):
+        assert logged(resumed.state, name) == pytest.approx(logged(expected.state, name), rel=1e-5), name
+
+
+def test_starts_from_a_plain_molmo2_checkpoint(tmp_path):
+    config = tokenized_config()
+    config["vision_config"]["num_hidden_layers"] = 7
+    config["adapter_config"]["vision_feature_layer"] = [6, 5]
+    native = Molmo2ForConditionalGeneration(Molmo2Config(**config))
+    randomize(native)
+    native.save_pretrained(tmp_path / "molmo2")
+    load_processor().save_pretrained(tmp_path / "molmo2")
+    trainer = finetune.main(arguments(tmp_path / "molmo2", tmp_path / "tuned", steps=1))
+
+    tuned = STTSMolmoForConditionalGeneration.from_pretrained(tmp_path / "tuned")
+    assert tuned.config.model_type == "stts_molmo" and len(logged(trainer.state, "aux_loss")) == 1
+    first_step_has_rate_zero = {name: p for name, p in tuned.named_parameters() if "token_scorer" not in name}
+    for name, parameter in native.named_parameters():
+        assert torch.equal(first_step_has_rate_zero[name], parameter), name
+
+
+def test_two_processes_equal_one(checkpoint, tmp_path):
+    question = {"video": CLIP, "question": "Which shape?", "answer": "ring"}
+    equal = write_rows(tmp_path / "equal.jsonl", question, {**question, "question": "What is it?"})
+    write_rows(tmp_path / "mixed.jsonl", {"video": CLIP, **question}, {**question, "video": None})
+    driver = tmp_path / "driver.py"
+    driver.write_text(ON_TWO_PROCESSES)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = ["--model", str(checkpoint), "--max_steps", "2", "--warmup_steps", "1", "--learning_rate", "1e-3"]
+    flags += ["--num_frames", "4", "--logging_steps", "1", "--use_cpu", "--disable_tqdm", "True"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, driver]
+    batch = "--per_device_train_batch_size"
+    result = subprocess.run(
+        [*torchrun, SCRIPT.parent, *flags, batch, "1"], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+    alone = finetune.main(["--dataset", str(equal), "--output_dir", str(tmp_path / "alone"), *flags, batch, "2"])
+    state = json.loads((tmp_path / "equal" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    for name in ("loss", "aux_loss", "grad_norm"):
+        assert [logs[name] for logs in state] == pytest.approx(logged(alone.state, name), rel=1e-4), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Datasets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_questions(tmp_path):
+    rows = [{"video": "a.mp4", "question": "Which?", "answer": "ring"}, {"question": "Why?", "answer": "so"}]
+    rows += [{"video": name, "question": "Where?", "answer": "top"} for name in ("https://host/b.mp4", "/videos/b.mp4")]
+    chats = finetune.load_chats(str(write_rows(tmp_path / "rows.jsonl", *rows)), "train")
+    user, assistant = chats[0]["messages"]
+    assert user["content"] == [{"type": "video", "path": str(tmp_path / "a.mp4")}, {"type": "text", "text": "Which?"}]
+    assert assistant == {"role": "assistant", "content": "ring"}
+    assert [part["type"] for part in chats[1]["messages"][0]["content"]] == ["text"]
+    assert chats[2]["messages"][0]["content"][0]["path"] == "https://host/b.mp4"
+    assert chats[3]["messages"][0]["content"][0]["path"] == "/videos/b.mp4"
+
+
+def test_rows_of_chats(tmp_path):
+    parts = [{"type": "video", "path": "a.mp4"}, {"type": "text", "text": "Which?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "ring"}]}
+    rows = write_rows(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": parts}, answer]})
+    (row,) = finetune.load_chats(str(rows), "train")
+    assert row["messages"][0]["content"][0]["path"] == str(tmp_path / "a.mp4")
+    assert row["messages"][1]["content"][0]["text"] == "ring"
+
+
+def test_folder_of_videos(tmp_path):
+    """What `datasets` calls a video folder: its videos reach the processor undecoded."""
+    shutil.copy(CLIP, tmp_path / "quiet.mp4")
+    write_rows(tmp_path / "metadata.jsonl", {"file_name": "quiet.mp4", "question": "Which?", "answer": "ring"})
+    (row,) = finetune.load_chats(str(tmp_path), "train")
+    assert row["messages"][0]["content"][0]["path"] == str(tmp_path / "quiet.mp4")
