@@ -55,6 +55,14 @@ def stage(description: str, seconds: dict[str, float]) -> Iterator[None]:
         seconds[description] = time.perf_counter() - start
 
 
+def hide_progress_off_terminal() -> None:
+    """Keep the libraries' progress bars out of a stderr that nobody watches."""
+    from transformers.utils import logging
+
+    if not stderr.is_terminal:
+        logging.disable_progress_bar()
+
+
 @app.command()
 def ask(
     video: Annotated[str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads.")],
@@ -91,6 +99,7 @@ def ask(
         stts-molmo ask clip.mp4 "Which way does the ball move?" --model my/checkpoint --prune-ratio 0.3
     """
     with readable_errors():
+        hide_progress_off_terminal()
         result = answer_question(
             video, question, model, prune_ratio, num_frames, test_time_scaling, max_new_tokens, device, dtype
         )
@@ -140,22 +149,25 @@ def convert(
         from .configuration_stts_molmo import STTSConfig
         from .conversion import convert_checkpoint
 
+        hide_progress_off_terminal()
         logging.set_verbosity_error()  # that the source has no scorer is no news here
-        logging.disable_progress_bar()
         given = {"prune_ratio": prune_ratio, "prune_layer": prune_layer}
         stts_config = {name: value for name, value in given.items() if value is not None}
         if preset is not None:
             make = {"default": STTSConfig, "paper": STTSConfig.paper, "authors": STTSConfig.authors}[preset]
             stts_config = make(**stts_config)
         columns = *Progress.get_default_columns(), DownloadColumn()
-        with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
-            task = progress.add_task("copying weights", total=None)
-            convert_checkpoint(
-                source,
-                destination,
-                stts_config,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
+        bar = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        task = bar.add_task("copying weights")
+
+        def show(done: int, total: int) -> None:
+            bar.start()  # not before: a download shows bars of its own
+            bar.update(task, completed=done, total=total)
+
+        try:
+            convert_checkpoint(source, destination, stts_config, progress=show)
+        finally:
+            bar.stop()
     typer.echo(f"Wrote {destination}. Next: stts-molmo inspect {destination}")
 
 
@@ -276,12 +288,9 @@ def load_model(checkpoint: str, device: "torch.device", dtype: str) -> "STTSMolm
         ValueError: weights are missing or damaged; Transformers would warn and go on with random ones.
     """
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
     from .modeling_stts_molmo import STTSMolmoForConditionalGeneration
 
-    if not stderr.is_terminal:
-        logging.disable_progress_bar()
     try:
         model, report = STTSMolmoForConditionalGeneration.from_pretrained(
             checkpoint, dtype=dtype, device_map=device, ignore_mismatched_sizes=True, output_loading_info=True

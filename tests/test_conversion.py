@@ -351,7 +351,7 @@ BREAKAGES = {
         ValueError,
         "STTS checkpoint already",
     ),
-    "no config": (lambda source: (source / "config.json").unlink(), FileNotFoundError, "no config.json"),
+    "no config": (lambda source: (source / "config.json").unlink(), FileNotFoundError, "config.json is missing"),
     "broken config": (
         lambda source: (source / "config.json").write_text("{"),
         ValueError,
@@ -365,6 +365,11 @@ BREAKAGES = {
     "no source": (shutil.rmtree, FileNotFoundError, "neither a directory"),
     "pytorch weights": (to_pytorch_bin, FileNotFoundError, "must be safetensors"),
     "shard missing": (lose_a_shard, FileNotFoundError, r"model-2.safetensors is missing"),
+    "broken index": (
+        lambda source: (source / "model.safetensors.index.json").write_text("{"),
+        ValueError,
+        "index.json is not valid JSON",
+    ),
     "truncated": (cut_weights, ValueError, "model.safetensors is damaged"),
     "incomplete": (
         lambda source: rewrite_weights(source, {}, removed="lm_head.weight"),
