@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import config_dict, make_inputs, make_model, randomize
+from datasets import Dataset
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
@@ -376,3 +377,22 @@ def test_predictions_align_with_labels(tmp_path):
     two_batches = trainer.predict(rows)
     assert two_batches.label_ids.shape[0] == 3
     assert two_batches.metrics["test_loss_of_logits"] == pytest.approx(one_batch["eval_loss_of_logits"], rel=1e-5)
+
+
+def test_trl_trains_the_model_as_it_is(tmp_path):
+    """TRL computes a loss of its own from hidden states, without the auxiliary loss; it must reach ViT and scorer."""
+    trl = pytest.importorskip("trl")
+    chat = [ask("Which shape?", video=CLIP)[0], {"role": "assistant", "content": [{"type": "text", "text": "ring"}]}]
+    model = make_tokenized_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path), max_steps=1, max_length=None, use_cpu=True, bf16=False, save_strategy="no"),
+        train_dataset=Dataset.from_list([{"messages": chat, "images": []}]),
+        processing_class=load_processor(),
+        optimizers=(torch.optim.AdamW(parameter_groups(model)), None),
+    )
+    trainer.train()
+    for name in ("patch_embedding.weight", "token_scorer.fc3.weight"):
+        name = f"model.vision_tower.{name}"
+        assert not torch.equal(model.get_parameter(name), before[name]), name
