@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from stts_molmo.processing_stts_molmo import (
@@ -124,6 +124,7 @@ def test_sample_frame_times_refuses(num_frames, fps, message):
         sample_frame_times(3, num_frames, fps)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 5000), min_size=0, max_size=300),
     st.integers(1, 80),

@@ -140,6 +140,14 @@ def test_jumping_and_decoding_on_give_the_same_pixels(container_clip, monkeypatc
     assert jumped.equal(sequential)
 
 
+def test_a_time_between_two_frames_shows_the_first_of_them(container_clip):
+    index = read_frame_index(container_clip)
+    chosen = index.pts[[0, 5, 30, 58]]
+    clip, taken = decode_clip(container_clip, index, (chosen + index.pts[[1, 6, 31, 59]]) // 2)
+    assert taken.tolist() == chosen.tolist()
+    assert clip.equal(decode_clip(container_clip, index, chosen)[0])
+
+
 def test_far_apart_samples_skip_most_of_the_file(tmp_path, monkeypatch):
     path = str(write_video(tmp_path / "long.mp4", num_frames=600))
     decoded = []
