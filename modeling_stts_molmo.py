@@ -148,6 +148,14 @@ def random_scores(layout: VideoLayout, seed: int | None) -> torch.Tensor:
     return torch.cat(scores).to(layout.blocks.device)
 
 
+def init_scorer_weights(module: nn.Module):
+    """Fan-in scaled weights: with a fixed 0.02 a narrow scorer starts out constant and hardly learns."""
+    if isinstance(module, nn.Linear):
+        init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+
+
 class TokenScorer(nn.Module):
     """
     The learned part of STTS: an attention layer that pools each block, and a three-layer MLP that scores it against
@@ -163,15 +171,8 @@ class TokenScorer(nn.Module):
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 1)
         self.activation_fn = ACT2FN[stts_config.scorer_hidden_act]
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Fan-in scaled weights: with a fixed 0.02 a narrow scorer starts out constant and hardly learns."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init.trunc_normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    init.zeros_(module.bias)
+            init_scorer_weights(module)
 
     def forward(self, blocks: torch.Tensor, layout: VideoLayout) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -486,9 +487,11 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         self.post_init()
 
     def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, TokenScorer):
-            module.reset_parameters()
+        # Absent while the parent builds itself.
+        if module in getattr(self, "token_scorer", nn.Module()).modules():
+            init_scorer_weights(module)
+        else:
+            super()._init_weights(module)
 
     def forward(
         self,

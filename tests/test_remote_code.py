@@ -1,0 +1,243 @@
+"""Checkpoints as others meet them: with `trust_remote_code`, in a process where nothing of ours can be imported."""
+
+import json
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_inputs, make_model, make_native
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoModel
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+
+TINY = Path(__file__).parents[1] / "checkpoints" / "stts-molmo-tiny"
+CODE = {"configuration_stts_molmo.py", "modeling_stts_molmo.py", "processing_stts_molmo.py"}
+
+# Nothing of ours, not even where it is installed.
+PREAMBLE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("stts_molmo", "stts_kernels"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import *
+"""
+
+
+def run_clean(script: str, tmp_path: Path, **env) -> str:
+    """Run `script` in a new process with an empty Hub cache and no network but this machine's."""
+    environment = {
+        "PATH": "",
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **env,
+    }
+    command = [sys.executable, "-c", PREAMBLE + script]
+    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model with the tiny checkpoint's processor, and its logits for fixed inputs."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    model = make_model()
+    model.save_pretrained(path)
+    STTSMolmoProcessor.from_pretrained(TINY).save_pretrained(path)
+    inputs = make_inputs([4, 2])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    torch.save({"inputs": inputs, "logits": logits}, path / "expected.pt")
+    return path
+
+
+CHECK_LOGITS = """
+expected = torch.load(directory + "/expected.pt")
+with torch.no_grad():
+    torch.testing.assert_close(model(**expected["inputs"]).logits, expected["logits"], atol=1e-5, rtol=1e-5)
+"""
+
+
+def test_every_file_that_loading_needs_is_saved(checkpoint):
+    assert {path.name for path in checkpoint.glob("*.py")} == CODE
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
+
+
+def test_auto_classes_second_generation_and_trainer_checkpoint(checkpoint, tmp_path):
+    run_clean(
+        f"""
+directory = {str(checkpoint)!r}
+trust = dict(trust_remote_code=True)
+config = AutoConfig.from_pretrained(directory, **trust)
+assert config.stts_config.prune_ratio == 0.5 and config.model_type == "stts_molmo"
+base = AutoModel.from_pretrained(directory, **trust)
+assert type(base).__name__ == "STTSMolmoModel"
+assert type(AutoModelForMultimodalLM.from_pretrained(directory, **trust)).__name__.endswith("ConditionalGeneration")
+assert type(AutoVideoProcessor.from_pretrained(directory, **trust)).__name__ == "STTSMolmoVideoProcessor"
+processor = AutoProcessor.from_pretrained(directory, **trust)
+assert type(processor).__name__ == "STTSMolmoProcessor"
+model = AutoModelForImageTextToText.from_pretrained(directory, **trust)
+{CHECK_LOGITS}
+sequences = model.generate(**expected["inputs"], max_new_tokens=3)
+base_state = base.state_dict()
+assert all(torch.equal(value, base_state[name]) for name, value in model.model.state_dict().items())
+
+for generation in ("second", "third"):
+    model.save_pretrained(generation)
+    processor.save_pretrained(generation)
+    model = AutoModelForImageTextToText.from_pretrained(generation, **trust)
+    processor = AutoProcessor.from_pretrained(generation, **trust)
+    {CHECK_LOGITS.strip().replace(chr(10), chr(10) + "    ")}
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, index): return index
+
+def collate(rows):
+    ids = expected["inputs"]["input_ids"]
+    return dict(expected["inputs"], labels=torch.where(ids < 60, ids, -100))
+
+arguments = TrainingArguments("trainer", max_steps=2, save_steps=2, report_to=[], use_cpu=True,
+                              remove_unused_columns=False, per_device_train_batch_size=2)
+Trainer(model, arguments, data_collator=collate, train_dataset=Data(), processing_class=processor).train()
+reloaded = AutoModelForImageTextToText.from_pretrained("trainer/checkpoint-2", **trust)
+assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in model.state_dict().items())
+AutoProcessor.from_pretrained("trainer/checkpoint-2", **trust)
+""",
+        tmp_path,
+    )
+
+
+def test_forgetting_trust_is_an_error_and_not_a_plain_molmo2(checkpoint, tmp_path):
+    script = f"""
+try:
+    AutoModelForImageTextToText.from_pretrained({str(checkpoint)!r}, trust_remote_code=False)
+except ValueError as error:
+    print(error)
+"""
+    assert "trust_remote_code" in run_clean(script, tmp_path)
+
+
+def test_bundled_checkpoint_loads_clean(tmp_path):
+    run_clean(
+        f"""
+directory = {str(TINY)!r}
+model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+assert type(model).__name__ == "STTSMolmoForConditionalGeneration"
+assert type(processor).__name__ == "STTSMolmoProcessor"
+""",
+        tmp_path,
+    )
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """The three endpoints that the Hub client needs to load a repository."""
+
+    protocol_version = "HTTP/1.1"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, *args, root: Path, requests: list[str], **kwargs):
+        self.root, self.requests = root, requests
+        super().__init__(*args, **kwargs)
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, body: bytes, status: int = 200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        self.requests.append(path)
+        files = sorted(file for file in self.root.iterdir() if file.is_file())
+        if path.startswith("/api/models/team/clips-qa"):
+            if "/tree/" in path:
+                entries = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files
+                ]
+                return self.reply(json.dumps(entries).encode(), Content_Type="application/json")
+            siblings = [{"rfilename": file.name} for file in files]
+            info = {"id": "team/clips-qa", "sha": self.commit, "siblings": siblings, "private": False, "tags": []}
+            return self.reply(json.dumps(info).encode(), Content_Type="application/json")
+        name = path.rpartition("/")[2]
+        if path.startswith("/team/clips-qa/resolve/") and name in {file.name for file in files}:
+            body = (self.root / name).read_bytes()
+            return self.reply(body, X_Repo_Commit=self.commit, ETag=f'"{name}-{len(body)}"')
+        code = "EntryNotFound" if path.startswith("/team/clips-qa/") else "RepoNotFound"
+        return self.reply(b"", 404, X_Error_Code=code, X_Repo_Commit=self.commit)
+
+    do_HEAD = do_GET
+
+
+def test_a_repository_on_a_hub(checkpoint, tmp_path):
+    requests: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(HubHandler, root=checkpoint, requests=requests))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        run_clean(
+            f"""
+directory = {str(checkpoint)!r}
+trust = dict(trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("team/clips-qa", **trust)
+{CHECK_LOGITS}
+processor = AutoProcessor.from_pretrained("team/clips-qa", **trust)
+assert type(processor).__name__ == "STTSMolmoProcessor"
+assert type(AutoVideoProcessor.from_pretrained("team/clips-qa", **trust)).__name__ == "STTSMolmoVideoProcessor"
+model.save_pretrained("copy")
+processor.save_pretrained("copy")
+import json
+assert "--" not in json.dumps(json.load(open("copy/config.json"))["auto_map"])
+model = AutoModelForImageTextToText.from_pretrained("copy", **trust)
+{CHECK_LOGITS}
+""",
+            tmp_path,
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+            HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1",
+            NO_PROXY="127.0.0.1",
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert any("/resolve/" in path and path.endswith("modeling_stts_molmo.py") for path in requests)
+
+
+@torch.no_grad()
+def test_native_save_loads_with_equal_weights_and_a_fresh_scorer(tmp_path):
+    """A plain Molmo2 checkpoint, in the original key layout that native saves have, is no noise to our class."""
+    native = make_native()
+    native.save_pretrained(tmp_path)
+    model, info = STTSMolmoForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, config=make_model().config
+    )
+    assert info["missing_keys"] and all("token_scorer" in name for name in info["missing_keys"])
+    inputs = make_inputs([4])
+    assert torch.equal(model.eval()(**inputs, prune_ratio=0).logits, native(**inputs).logits)
+    scorer = model.model.vision_tower.token_scorer
+    assert scorer.fc1.weight.std() > 0.5 * scorer.fc1.in_features**-0.5
+    assert model(**inputs).keep_mask.sum() == 8
+
+
+def test_base_model_round_trip(tmp_path):
+    model = make_model()
+    model.model.save_pretrained(tmp_path)
+    loaded = STTSMolmoModel.from_pretrained(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.model.state_dict().items())
