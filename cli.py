@@ -183,6 +183,7 @@ def inspect(
         stts-molmo inspect molmo2-4b-stts
     """
     with readable_errors():
+        hide_progress_off_terminal()
         lines = describe_checkpoint(checkpoint)
     width = max(map(len, lines))
     for name, value in lines.items():
@@ -368,7 +369,7 @@ def describe_checkpoint(checkpoint: str) -> dict[str, str]:
     lines = {
         "checkpoint": checkpoint,
         "kind": "STTS on Molmo2" if is_stts else f"plain Molmo2; for STTS: stts-molmo convert {checkpoint} DST",
-        "parameters": f"{sum(sizes.values()):,} ({config.dtype})",
+        "parameters": f"{sum(sizes.values()):,} ({str(config.dtype).removeprefix('torch.')})",
         "scorer": f"{scorer:,} parameters" if scorer else "none",
     }
     if is_stts:

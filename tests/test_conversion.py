@@ -5,6 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stts_molmo.configuration_stts_molmo import STTSConfig
 from stts_molmo.conversion import convert_checkpoint
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from test_remote_code import HubHandler
 from transformers import (
     AutoTokenizer,
     Molmo2Config,
@@ -282,6 +286,31 @@ def test_converted_checkpoint_brings_its_code(source, tmp_path):
         "AutoProcessor STTSMolmoProcessor",
         "AutoVideoProcessor STTSMolmoVideoProcessor",
     ]
+
+
+CONVERT_FROM_HUB = """
+from stts_molmo.conversion import convert_checkpoint
+convert_checkpoint("team/clips-qa", "stts", dict(prune_layer=1))
+"""
+
+
+def test_source_on_a_hub(molmo2, source, tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(HubHandler, root=source, requests=[])) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-c", CONVERT_FROM_HUB]
+        output = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | hub, capture_output=True, text=True, check=False
+        )
+        server.shutdown()
+    assert output.returncode == 0, output.stderr
+    assert_same_logits(tmp_path / "stts", molmo2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
