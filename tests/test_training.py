@@ -105,6 +105,7 @@ def test_labels_are_the_answers(chat_template):
     batch = VideoQACollator(processor, {"num_frames": 4})(rows)
 
     assert answers_in(batch, processor, 0) == [f"a ring{END}", f"top left{END}"]
+    assert f"a ring{END}\n<|im_start|>user\nWhere is the ring?{END}" in processor.decode(batch["input_ids"][0])
     assert answers_in(batch, processor, 1) == [f"the ball moves up\nand then left {END}"]
     assert answers_in(batch, processor, 2) == [f"red{END}"]
 
