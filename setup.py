@@ -5,7 +5,7 @@ from setuptools import setup
 README = Path(__file__).parent / "README.md"
 
 TRAIN = ["datasets"]
-TEST = [*TRAIN, "hypothesis", "matplotlib", "pytest", "ruff", "setuptools"]
+TEST = [*TRAIN, "hypothesis", "matplotlib", "pytest", "ruff", "setuptools", "trl"]
 
 setup(
     script_name="setup.py",  # a build front end's own argv would hide it, and this file would be packed as a module
