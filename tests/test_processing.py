@@ -29,6 +29,7 @@ from transformers import (
     Molmo2VideoProcessor,
     pipeline,
 )
+from transformers.video_utils import VideoMetadata
 
 TINY = Path(__file__).parents[1] / "checkpoints/stts-molmo-tiny"
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -167,6 +168,15 @@ def test_sampling_arguments(processor, kwargs, expected):
     assert num_sampled(processor.video_processor, 101, 10.0, **kwargs) == expected
 
 
+def test_sampling_on_its_own_follows_the_attributes():
+    video_processor = STTSMolmoVideoProcessor(num_frames=8, max_fps=1, test_time_scaling=True, prune_ratio=0.5)
+    metadata = VideoMetadata(**metadata_of(101, 10.0))
+    assert len(video_processor.sample_frames(metadata)) == 11
+    assert len(video_processor.sample_frames(metadata, prune_ratio=0)) == 8
+    assert len(video_processor.sample_frames(metadata, test_time_scaling=False)) == 8
+    assert len(video_processor.sample_frames(metadata, max_fps=5)) == 16
+
+
 def test_rate_and_number_exclude_each_other(processor):
     with pytest.raises(ValueError, match="num_frames=8 and fps=1 exclude each other"):
         num_sampled(processor.video_processor, 101, 10.0, fps=1, num_frames=8)
@@ -262,6 +272,8 @@ def test_each_kind_of_file(processor, clip, kind, served):
         assert_equal(apply_chat(processor, chat(video)), expected)
         direct = processor(text="<|video|>", videos=video, return_tensors="pt")
         assert_equal(direct, processor(text="<|video|>", videos=clip, return_tensors="pt"))
+        alone = processor.video_processor(video, return_tensors="pt")
+        assert torch.equal(alone["pixel_values_videos"], expected["pixel_values_videos"])
 
 
 @pytest.mark.parametrize("key", ["video", "path", "url"])
