@@ -76,7 +76,14 @@ def test_ratio_and_method_of_a_call():
     model, inputs = make_model(), make_inputs([6])
     results = {
         (ratio, method): tuple(new_tokens(model, inputs, **GREEDY, prune_ratio=ratio, method=method)[0].tolist())
-        for ratio, method in [(None, None), (0.5, "scorer"), (0.75, "scorer"), (0.5, "random"), (0.5, "none"), (0, None)]
+        for ratio, method in [
+            (None, None),
+            (0.5, "scorer"),
+            (0.75, "scorer"),
+            (0.5, "random"),
+            (0.5, "none"),
+            (0, None),
+        ]
     }
     assert results[None, None] == results[0.5, "scorer"]
     assert results[0.5, "none"] == results[0, None]
@@ -95,9 +102,7 @@ def test_sampling_is_reproducible():
 
 def test_dictionary_output():
     model, inputs = make_model(), make_inputs([4, 6])
-    output = model.generate(
-        **inputs, **GREEDY, return_dict_in_generate=True, output_scores=True, output_logits=True
-    )
+    output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_scores=True, output_logits=True)
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
     assert len(output.scores) == len(output.logits) == 6
@@ -217,7 +222,9 @@ def test_prompt_lookup_decoding():
 def test_assisted_decoding():
     model, inputs = make_model(), make_inputs([4])
     assistant = make_model()
-    assert torch.equal(new_tokens(model, inputs, **GREEDY), new_tokens(model, inputs, **GREEDY, assistant_model=assistant))
+    assert torch.equal(
+        new_tokens(model, inputs, **GREEDY), new_tokens(model, inputs, **GREEDY, assistant_model=assistant)
+    )
 
 
 def test_chunked_prefill():
@@ -290,7 +297,10 @@ def test_a_positional_prompt_and_explicit_positions():
     [
         (lambda i: i | {"prune_ratio": -1}, "prune_ratio=-1"),
         (lambda i: {n: v for n, v in i.items() if n != "input_ids"}, "needs input_ids"),
-        (lambda i: i | {"input_ids": i["input_ids"].clamp_max(60)}, "0 <im_patch> placeholders, but the videos have 16"),
+        (
+            lambda i: i | {"input_ids": i["input_ids"].clamp_max(60)},
+            "0 <im_patch> placeholders, but the videos have 16",
+        ),
     ],
     ids=["ratio", "no ids", "no placeholders"],
 )

@@ -39,9 +39,7 @@ def test_first_fit_descending_equals_brute_force(counts):
 def test_bins_hold_every_frame_once_without_overlap(counts):
     assignment, offsets, num_bins = first_fit_descending(counts, 12)
     slots = [
-        (b, offset + i)
-        for b, offset, count in zip(assignment, offsets, counts, strict=True)
-        for i in range(count)
+        (b, offset + i) for b, offset, count in zip(assignment, offsets, counts, strict=True) for i in range(count)
     ]
     assert len(set(slots)) == sum(counts)
     assert all(0 <= b < num_bins and 0 <= slot < 12 for b, slot in slots)
@@ -156,7 +154,9 @@ def test_folded_bias_equals_an_additive_mask(dtype, tolerance):
 def test_bias_layer_is_the_same_in_eager_and_sdpa():
     bias = (torch.rand(3, 36) * 5 - 5)[:, None, None]
     hidden_states = torch.randn(3, 36, 16)
-    eager, sdpa = (make_model(attn=attn).model.vision_tower.layers[2](hidden_states, bias) for attn in ("eager", "sdpa"))
+    eager, sdpa = (
+        make_model(attn=attn).model.vision_tower.layers[2](hidden_states, bias) for attn in ("eager", "sdpa")
+    )
     torch.testing.assert_close(eager, sdpa, atol=1e-5, rtol=1e-5)
 
 
