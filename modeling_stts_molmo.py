@@ -22,7 +22,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.molmo2.modeling_molmo2 import (
     Molmo2Adapter,
     Molmo2CausalLMOutputWithPast,
@@ -1132,7 +1131,8 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
 
         logits = None
         if logits_to_keep is not None or labels is None or not self.training:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep or 0))
+            kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-(logits_to_keep or 0), None)
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             num_items_in_batch = kwargs.get("num_items_in_batch")
