@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.utils.logging import disable_progress_bar
 
 # (share of the run done when the stage ends, level of the scenes, beats a clip may have)
-CURRICULUM = ((0.1, 0, (4,)), (0.2, 1, (6,)), (0.7, 2, (8,)), (1.0, 2, (8, 12, 16)))
+CURRICULUM = ((0.25, 0, (4,)), (0.4, 1, (4, 6)), (0.85, 2, (6, 8)), (1.0, 2, (8, 12, 16)))
 
 
 def stage_of(step: int, total: int) -> tuple[int, tuple[int, ...]]:
@@ -48,10 +48,10 @@ def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--batch-size", type=int, default=16, help="clips a step")
-    parser.add_argument("--questions", type=int, default=8, help="questions a clip")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=8, help="clips a step")
+    parser.add_argument("--questions", type=int, default=13, help="questions a clip at most")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
