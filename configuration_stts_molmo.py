@@ -142,7 +142,6 @@ class STTSMolmoConfig(Molmo2Config):
     """
 
     model_type = "stts_molmo"
-    sub_configs_defaults = {**Molmo2Config.sub_configs_defaults, "stts_config": STTSConfig}
     # `Trainer.predict` collects every other output and aligns it with the labels.
     keys_to_ignore_at_inference = [
         "past_key_values",
@@ -160,6 +159,8 @@ class STTSMolmoConfig(Molmo2Config):
     def __post_init__(self, **kwargs):
         # A `model_type: molmo2` config.json would otherwise override ours on the instance.
         kwargs.pop("model_type", None)
+        if not isinstance(self.stts_config, PreTrainedConfig):
+            self.stts_config = STTSConfig(**(self.stts_config or {}))
         super().__post_init__(**kwargs)
         # Saving adds one entry per class at most; a model class that several Auto classes load needs them all.
         self.auto_map = dict(AUTO_MAP)
