@@ -1,0 +1,32 @@
+"""Puts a trained checkpoint where it ships: its weights and settings, with links to the code instead of copies.
+
+python benchmarks/quality/export.py runs/stts-50/best checkpoints/stts-molmo-tiny
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CODE = ("configuration_stts_molmo.py", "modeling_stts_molmo.py", "processing_stts_molmo.py")
+
+
+def export(trained: Path, destination: Path) -> None:
+    """Copies every file of `trained` but code; code becomes relative links to the repository's root."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for file in trained.iterdir():
+        if file.suffix != ".py":
+            shutil.copyfile(file, destination / file.name)
+    for name in CODE:
+        link = destination / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(ROOT / name, destination))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path)
+    parser.add_argument("destination", type=Path)
+    args = parser.parse_args()
+    export(args.trained, args.destination)

@@ -1,0 +1,1 @@
+../../configuration_stts_molmo.py

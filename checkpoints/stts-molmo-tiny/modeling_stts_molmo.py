@@ -1,0 +1,1 @@
+../../modeling_stts_molmo.py

@@ -1,0 +1,1 @@
+../../processing_stts_molmo.py
