@@ -116,6 +116,55 @@ def ask(
 
 
 @app.command()
+def visualize(
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture (.png) or video (.mp4) to write.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Directory or Hub id of an STTS checkpoint.", show_default="a tiny one, for trying things out"
+        ),
+    ] = str(BUNDLED_CHECKPOINT),
+    prune_ratio: Annotated[
+        float | None, typer.Option(help="Share of tokens to drop, in [0, 1); the checkpoint's own when not given.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="`scorer`, `cosine` or `random`.")] = "scorer",
+    compare: Annotated[str | None, typer.Option(help="Another method, drawn below the first.")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
+    ] = None,
+) -> None:
+    """
+    Draw what is kept of a video: dropped blocks dimmed, the scores as colours below.
+
+        stts-molmo visualize clip.mp4 -o kept.png --compare cosine
+    """
+    with readable_errors():
+        hide_progress_off_terminal()
+        if output.suffix not in (".png", ".mp4"):
+            raise ValueError(f"--output {output} must end in .png or .mp4.")
+        from .processing_stts_molmo import STTSMolmoProcessor
+        from .visualization import save_mp4, save_png
+        from .visualization import visualize as draw
+
+        require_stts(model)
+        processor = STTSMolmoProcessor.from_pretrained(model)
+        methods = (method,) if compare is None else (method, compare)
+        is_picture = output.suffix == ".png"
+        images = draw(
+            load_model(model, find_device("auto"), "auto"),
+            processor,
+            video,
+            methods,
+            prune_ratio,
+            num_frames,
+            columns=8 if is_picture else 1,
+        )
+        (save_png if is_picture else save_mp4)(images, output)
+    typer.echo(f"Wrote {output}.")
+
+
+@app.command()
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="Directory or Hub id of a Molmo2 checkpoint, as allenai/Molmo2-4B.")
@@ -218,12 +267,7 @@ def answer_question(
     from .modeling_stts_molmo import num_kept_tokens
     from .processing_stts_molmo import STTSMolmoProcessor
 
-    config = read_config(checkpoint)
-    if config.model_type == "molmo2":
-        raise ValueError(
-            f"{checkpoint} is a plain Molmo2 checkpoint without a token scorer; make an STTS checkpoint of it with "
-            f"`stts-molmo convert {checkpoint} DST`, then pass `--model DST`."
-        )
+    config = require_stts(checkpoint)
     if prune_ratio is None:
         prune_ratio = config.stts_config.prune_ratio
     validate_prune_ratio(prune_ratio)
@@ -266,6 +310,17 @@ def answer_question(
         "vision_tokens": {"before": num_frames * rows * columns, "after": kept},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+def require_stts(checkpoint: str) -> "STTSMolmoConfig":
+    """The configuration of an STTS checkpoint; a `ValueError` that says how to make one of a plain Molmo2."""
+    config = read_config(checkpoint)
+    if config.model_type == "molmo2":
+        raise ValueError(
+            f"{checkpoint} is a plain Molmo2 checkpoint without a token scorer; make an STTS checkpoint of it with "
+            f"`stts-molmo convert {checkpoint} DST`, then pass `--model DST`."
+        )
+    return config
 
 
 def find_device(name: str) -> "torch.device":

@@ -5,7 +5,7 @@ from setuptools import setup
 README = Path(__file__).parent / "README.md"
 
 TRAIN = ["datasets"]
-TEST = [*TRAIN, "hypothesis", "matplotlib", "pytest", "ruff", "setuptools", "trl"]
+TEST = [*TRAIN, "hypothesis", "pytest", "ruff", "setuptools", "trl"]
 
 setup(
     script_name="setup.py",  # a build front end's own argv would hide it, and this file would be packed as a module
@@ -23,7 +23,8 @@ setup(
     package_data={"stts_molmo": ["checkpoints/stts-molmo-tiny/*"]},
     install_requires=[
         "accelerate",
-        "av",
+        "av>=15",
+        "matplotlib",
         "torch",
         "torchvision",
         "transformers[chat-template,vision]>=5.20.2,<6",

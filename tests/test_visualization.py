@@ -1,0 +1,55 @@
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from PIL import Image
+from stts_molmo.modeling_stts_molmo import STTSMolmoVideoFeatures
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.visualization import TILE, draw_frames, save_mp4, save_png, unpatchify, visualize
+from test_remote_code import TINY
+
+
+@pytest.fixture(scope="module")
+def processor():
+    processor = STTSMolmoProcessor.from_pretrained(TINY)
+    processor.video_processor.size = {"height": 12, "width": 12}
+    processor.video_processor.patch_size = 2
+    return processor
+
+
+def clip(num_frames: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (num_frames, 12, 12, 3), dtype=np.uint8)
+
+
+def test_frames_come_back_from_their_patches(processor):
+    frames = clip(3)
+    inputs = processor.video_processor([frames], do_sample_frames=False, return_tensors="pt")
+    restored = unpatchify(inputs["pixel_values_videos"], 2, processor.video_processor)
+    assert np.array_equal(restored, frames)
+
+
+def test_dropped_blocks_are_dark_and_kept_ones_are_not():
+    frames = np.full((2, 12, 12, 3), 200, dtype=np.uint8)
+    keep = torch.tensor([[True] * 4, [True, False, False, True]])
+    features = STTSMolmoVideoFeatures(keep_mask=keep, token_scores=torch.tensor([[0.5] * 4, [0.9, 0.1, 0.0, 0.8]]))
+    (first, _), (second, heat) = draw_frames(frames, features, (2, 2))
+    quarter, far = TILE // 4, 3 * TILE // 4
+    assert np.asarray(first).min() >= 199
+    assert second.getpixel((quarter, quarter))[0] >= 199 > 60 > second.getpixel((far, quarter))[0]
+    assert sum(heat.getpixel((quarter, 5))) > sum(heat.getpixel((far, 5)))  # 0.9 is brighter than 0.1
+
+
+@pytest.mark.parametrize("suffix", ["png", "mp4"])
+def test_pictures_and_videos(suffix, processor, tmp_path):
+    path = tmp_path / f"kept.{suffix}"
+    video = tmp_path / "clip.mp4"
+    save_mp4([Image.fromarray(frame).resize((48, 48)) for frame in clip(10)], video, fps=2)
+    images = visualize(make_model(), processor, str(video), ("scorer", "cosine"), columns=4 if suffix == "png" else 1)
+    if suffix == "png":
+        save_png(images, path)
+        assert len(images) == 3 and Image.open(path).height == sum(image.height for image in images)
+    else:
+        save_mp4(images, path)
+        with av.open(str(path)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == len(images) == 10
