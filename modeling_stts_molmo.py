@@ -324,6 +324,85 @@ def refill_lone_frames(keep_mask: torch.Tensor, layout: VideoLayout) -> torch.Te
     return keep_mask | torch.tensor(lone, device=keep_mask.device)[:, None]
 
 
+class Packing(NamedTuple):
+    """
+    Where the patches that late layers see come from, frame after frame, and within a frame block after block.
+
+    patches: int64 `(tokens,)`, their indices in the flattened `(frames * N,)` patches.
+    counts: int64 `(frames,)`, patches of each frame.
+    capacity: `N`, upper bound of a frame's patches.
+    slots: int64 `(num_kept, w * w)`, the patches of each surviving block among them; -1 outside the frame.
+    """
+
+    patches: torch.Tensor
+    counts: torch.Tensor
+    capacity: int
+    slots: torch.Tensor
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Offsets of each frame: int32 `(frames + 1,)`."""
+        return F.pad(self.counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def plan_packing(keep_mask: torch.Tensor, num_kept: int, layout: VideoLayout, refill: bool) -> Packing:
+    """
+    Lay out the survivors for the late layers (section 3.3). All sizes are known beforehand, unless the window does
+    not divide the frame or `refill` gives lone frames their tokens back.
+
+    Args:
+        keep_mask: bool `(frames, P)` with `num_kept` set entries.
+    """
+    context_mask, num_context = keep_mask, num_kept
+    if refill:
+        context_mask = refill_lone_frames(keep_mask, layout)
+        num_context = int(context_mask.sum())
+    tokens = mask_to_indices(context_mask, num_context)
+    blocks = layout.blocks.index_select(0, tokens % layout.tokens_per_frame)
+    frame = tokens // layout.tokens_per_frame
+    patches = (blocks + (frame * layout.num_patches)[:, None]).flatten()
+    slots = torch.arange(patches.numel(), device=patches.device).view_as(blocks)
+    if not layout.is_dense:
+        inside = blocks.flatten() >= 0
+        patches = patches[inside]
+        slots = (inside.cumsum(0) - 1).masked_fill(~inside, -1).view_as(blocks)
+    if refill:
+        slots = slots.index_select(0, mask_to_indices(keep_mask.flatten()[tokens], num_kept))
+    counts = ((layout.blocks >= 0).sum(1) * context_mask).sum(1)
+    return Packing(patches, counts, layout.num_patches, slots)
+
+
+def pack_into_bins(
+    packed: torch.Tensor, counts: Sequence[int], capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Packed frames -> dense first-fit-descending bins, for attention without varlen (section 3.3, Algorithm 1).
+
+    Args:
+        packed: `(tokens, D)`, frames one after the other.
+        counts: tokens of each frame.
+        capacity: slots of a bin.
+
+    Returns:
+        `(bins, capacity, D)`; additive mask `(bins, 1, capacity, capacity)`, block-diagonal by frame; int64
+        `(tokens,)`, the flat slot of each token.
+    """
+    bins = first_fit_descending(counts, capacity)
+    starts = [b * capacity + offset for b, offset in zip(bins.assignment, bins.offsets, strict=True)]
+    slots = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
+    slots = slots.to(packed.device)
+    dense = packed.new_zeros(bins.num_bins * capacity, packed.shape[-1]).index_copy(0, slots, packed)
+    # Empty slots share the id -1: they attend to each other, and nothing reads them.
+    frame_ids = torch.full((bins.num_bins * capacity,), -1, device=packed.device)
+    frame_ids[slots] = torch.arange(len(counts), device=packed.device).repeat_interleave(
+        torch.tensor(counts, device=packed.device)
+    )
+    frame_ids = frame_ids.view(bins.num_bins, capacity)
+    same_frame = frame_ids[:, None, :, None] == frame_ids[:, None, None, :]
+    mask = torch.zeros_like(same_frame, dtype=packed.dtype).masked_fill(~same_frame, torch.finfo(packed.dtype).min)
+    return dense.view(bins.num_bins, capacity, -1), mask, slots
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention of the vision tower
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,14 +416,15 @@ def fold_key_bias(
     the bias, and its gradient reaches the scores without a `(queries, keys)` mask.
 
     Args:
-        query, key, value: `(frames, heads, N, head_dim)`.
-        key_bias: float32 `(frames, N)`.
+        query: `(queries, heads, head_dim)`.
+        key, value: `(keys, heads, head_dim)`.
+        key_bias: float32 `(keys,)`.
 
     Returns:
         query, key, value with `head_dim` grown to the next multiple of 8 that has room for two columns. Two, because
         a bfloat16 bias alone would round log-scores to two digits: the second holds the rest.
     """
-    bias = (key_bias / scaling)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    bias = (key_bias / scaling)[:, None, None].expand(-1, key.shape[1], -1)
     high = bias.to(key.dtype)
     low = (bias - high.float()).to(key.dtype)
     padding = -(key.shape[-1] + 2) % 8
@@ -357,36 +437,42 @@ def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     max_seqlen: int,
     scaling: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """
-    Attention of packed frames, each token to those of its own frame; no padding, no mask.
+    Attention of packed frames, each query to the keys of its own frame; no padding, no mask.
 
     Args:
-        query, key, value: `(tokens, heads, head_dim)`, frames one after the other.
-        cu_seqlens: int32 `(frames + 1,)`, counts [2, 3] -> [0, 2, 5]; empty frames are fine.
+        query: `(queries, heads, head_dim)`, frames one after the other.
+        key, value: `(keys, heads, head_dim)`, likewise.
+        cu_seqlens_q, cu_seqlens_k: int32 `(frames + 1,)`, counts [2, 3] -> [0, 2, 5]; a frame may have no query.
         max_seqlen: upper bound of a frame's tokens.
 
     Returns:
-        `(tokens, heads, head_dim)`.
+        `(queries, heads, head_dim)`.
     """
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        # Releases differ in how a scale is passed; all default to head_dim ** -0.5, which is `scaling`.
-        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    counts = [count for count in cu_seqlens.diff().tolist() if count]
-    frames = zip(*(x.transpose(0, 1)[None].split(counts, dim=2) for x in (query, key, value)), strict=True)
-    outputs = [F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout) for q, k, v in frames]
+        # Releases differ in how a scale is passed; all default to head_dim ** -0.5.
+        query = query * (scaling * query.shape[-1] ** 0.5)
+        return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen)
+    query, key, value = (
+        x.transpose(0, 1)[None].split(cu_seqlens.diff().tolist(), dim=2)
+        for x, cu_seqlens in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
+    )
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
+        for q, k, v in zip(query, key, value, strict=True)
+        if q.shape[2]
+    ]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
 class STTSMolmoVisionAttention(Molmo2VisionAttention):
-    """
-    Native attention that also takes a bias per key, and packed frames. `attn_implementation="eager"` stays native
-    throughout: it gets the bias as an additive mask and packed frames as first-fit-descending bins.
-    """
+    """Native attention that also takes packed frames, and for these a bias per key."""
 
     def forward(
         self,
@@ -398,15 +484,18 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
+        As the native forward, and with `cu_seqlens`:
+
         Args:
-            hidden_states: `(frames, N, D)`, or packed `(1, tokens, D)` with `cu_seqlens`.
-            attention_mask: additive `(frames, 1, 1, N)`, one bias per key.
-            cu_seqlens, max_seqlen: see [`varlen_attention`].
+            hidden_states: packed `(1, tokens, D)`, the queries.
+            encoder_hidden_states: `(frames, N, D)`, the keys; the queries themselves when not given.
+            attention_mask: float32 `(frames, N)`, a bias for each key.
+            cu_seqlens: int32 `(frames + 1,)`, offsets of each frame's queries.
+            max_seqlen: upper bound of a frame's tokens.
         """
-        native = attention_mask is None and cu_seqlens is None
-        if native or self.config._attn_implementation == "eager":
+        if cu_seqlens is None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        if cu_seqlens is not None and is_flash_attention_requested(self.config):
+        if encoder_hidden_states is None and is_flash_attention_requested(self.config):
             return super().forward(
                 hidden_states,
                 cu_seq_lens_q=cu_seqlens,
@@ -416,20 +505,18 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
                 **kwargs,
             )
 
-        query, key, value = (
-            proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        queries, keys, cu_seqlens_k = hidden_states[0], hidden_states[0], cu_seqlens
+        if encoder_hidden_states is not None:
+            frames, length = encoder_hidden_states.shape[:2]
+            keys = encoder_hidden_states.flatten(0, 1)
+            cu_seqlens_k = torch.arange(frames + 1, dtype=torch.int32, device=keys.device) * length
+        query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
+        key, value = (proj(keys).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        if attention_mask is not None:
+            query, key, value = fold_key_bias(query, key, value, attention_mask.flatten(), self.scaling)
         dropout = self.attention_dropout if self.training else 0.0
-        if cu_seqlens is not None:
-            attn_output = varlen_attention(query[0], key[0], value[0], cu_seqlens, max_seqlen, self.scaling, dropout)[
-                None
-            ]
-        else:
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            query, key, value = fold_key_bias(query, key, value, attention_mask[:, 0, 0], self.scaling)
-            attn_output = F.scaled_dot_product_attention(query, key, value, scale=self.scaling, dropout_p=dropout)
-            attn_output = attn_output[..., : self.head_dim].transpose(1, 2)
-        return self.o_proj(attn_output.flatten(-2)), None
+        attn_output = varlen_attention(query, key, value, cu_seqlens, cu_seqlens_k, max_seqlen, self.scaling, dropout)
+        return self.o_proj(attn_output[..., : self.head_dim].flatten(-2))[None], None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -512,22 +599,20 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         """
         if layout is None:
             return super().forward(pixel_values, **kwargs)
-        bias_layer = self.stts_config.prune_layer + 1
-
         hidden_states = self.patch_embedding(pixel_values.to(dtype=self.dtype))
         hidden_states = hidden_states + self.positional_embedding[None].to(hidden_states)
-        for layer in self.layers[:bias_layer]:
+        for layer in self.layers[: self.stts_config.prune_layer + 1]:
             hidden_states = layer(hidden_states, None)
 
         token_scores, bias, aux_loss = self.score(hidden_states, layout, method)
-        hidden_states = self.layers[bias_layer](hidden_states, bias)
-
         num_kept = layout.num_kept(prune_ratio)
         keep_mask = select_tokens(token_scores, layout.num_frames, num_kept)
-        features, pooled_patches_idx = self.encode_survivors(hidden_states, keep_mask, sum(num_kept), layout)
+        packing = plan_packing(keep_mask, sum(num_kept), layout, self.stts_config.refill_lone_frames)
+        packed = self.run_bias_layer(hidden_states, bias, packing)
+        features = torch.cat(self.run_late_layers(packed, packing), dim=-1)
         return STTSMolmoVisionOutput(
-            last_hidden_state=features,
-            pooled_patches_idx=pooled_patches_idx,
+            last_hidden_state=features[None],
+            pooled_patches_idx=packing.slots,
             token_scores=token_scores,
             keep_mask=keep_mask,
             aux_loss=aux_loss,
@@ -538,7 +623,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         The pruners: features after layer `l`, `(frames, N, D)`, in; scores `(frames, P)`, attention bias
-        `(frames, 1, 1, N)` and auxiliary loss out. Only the scorer has the last two.
+        `(frames, N)` and auxiliary loss out. Only the scorer has the last two.
         """
         if method == "random":
             return random_scores(layout, None if self.training else self.stts_config.seed), None, None
@@ -550,56 +635,32 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         with torch.no_grad():
             compared = pooled if self.stts_config.aux_target == "pooled" else blocks.flatten(2)
             target = temporal_dissimilarity(compared, layout.num_frames)
-        bias = log_score_bias(token_scores, layout, self.stts_config.score_bias)[:, None, None]
+        bias = log_score_bias(token_scores, layout, self.stts_config.score_bias)
         return token_scores, bias, auxiliary_loss(token_scores, target, layout.num_frames)
 
-    def encode_survivors(
-        self, hidden_states: torch.Tensor, keep_mask: torch.Tensor, num_kept: int, layout: VideoLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_bias_layer(self, hidden_states: torch.Tensor, bias: torch.Tensor | None, packing: Packing) -> torch.Tensor:
         """
-        Run the late layers on the survivors (section 3.3).
-
-        Args:
-            hidden_states: `(frames, N, D)` after layer `l + 1`.
-            keep_mask: bool `(frames, P)` with `num_kept` set entries.
-
-        Returns:
-            features `(1, tokens, D * len(feature_layers))` and the slots of each survivor in them `(num_kept, w * w)`.
+        Layer `l + 1`, `(frames, N, D)` -> packed survivors `(tokens, D)`. Every patch is a key; what dropped patches
+        would be after the layer is read by nobody, so only survivors are queries (exact, gradients too).
         """
-        context_mask, num_context = keep_mask, num_kept
-        if self.stts_config.refill_lone_frames:
-            context_mask = refill_lone_frames(keep_mask, layout)
-            num_context = int(context_mask.sum())
+        layer = self.layers[self.stts_config.prune_layer + 1]
+        if self.config._attn_implementation == "eager":
+            hidden_states = layer(hidden_states, None if bias is None else bias[:, None, None])
+            return hidden_states.flatten(0, 1).index_select(0, packing.patches)
+        normed = layer.layer_norm1(hidden_states)
+        survivors, queries = (x.flatten(0, 1).index_select(0, packing.patches) for x in (hidden_states, normed))
+        attended, _ = layer.self_attn(queries[None], normed, bias, packing.cu_seqlens, packing.capacity)
+        survivors = survivors + attended[0]
+        return survivors + layer.mlp(layer.layer_norm2(survivors))
 
-        # Pack block by block, so that the patches of a survivor lie side by side.
-        tokens = mask_to_indices(context_mask, num_context)
-        blocks = layout.blocks.index_select(0, tokens % layout.tokens_per_frame)
-        frame = tokens // layout.tokens_per_frame
-        patches = (blocks + (frame * layout.num_patches)[:, None]).flatten()
-        slots = torch.arange(patches.numel(), device=patches.device).view_as(blocks)
-        if not layout.is_dense:
-            inside = blocks.flatten() >= 0
-            patches = patches[inside]
-            slots = (inside.cumsum(0) - 1).masked_fill(~inside, -1).view_as(blocks)
-        packed = hidden_states.flatten(0, 1).index_select(0, patches)
-        counts = ((layout.blocks >= 0).sum(1) * context_mask).sum(1)
-
-        features = torch.cat(self._run_late_layers(packed, counts, layout.num_patches), dim=-1)
-        if self.stts_config.refill_lone_frames:
-            slots = slots.index_select(0, mask_to_indices(keep_mask.flatten()[tokens], num_kept))
-        return features[None], slots
-
-    def _run_late_layers(self, packed: torch.Tensor, counts: torch.Tensor, num_patches: int) -> list[torch.Tensor]:
+    def run_late_layers(self, packed: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
         """Layers `l + 2..` on packed patches `(tokens, D)`; the outputs of the feature layers, each `(tokens, D)`."""
         if self.config._attn_implementation == "eager":
-            hidden_states, attention_mask, slots = pack_into_bins(packed, counts.tolist(), num_patches)
+            hidden_states, attention_mask, slots = pack_into_bins(packed, packing.counts.tolist(), packing.capacity)
             kwargs = {}
         else:
             hidden_states, attention_mask, slots = packed[None], None, None
-            kwargs = {
-                "cu_seqlens": F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
-                "max_seqlen": num_patches,
-            }
+            kwargs = {"cu_seqlens": packing.cu_seqlens, "max_seqlen": packing.capacity}
         outputs = {}
         # Layers past the last one that the adapter reads have no effect.
         for index in range(self.stts_config.prune_layer + 2, max(self.feature_layers) + 1):
@@ -608,37 +669,6 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
                 flat = hidden_states.flatten(0, 1)
                 outputs[index] = flat if slots is None else flat.index_select(0, slots)
         return [outputs[index] for index in self.feature_layers]
-
-
-def pack_into_bins(
-    packed: torch.Tensor, counts: Sequence[int], capacity: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Packed frames -> dense first-fit-descending bins, for attention without varlen (section 3.3, Algorithm 1).
-
-    Args:
-        packed: `(tokens, D)`, frames one after the other.
-        counts: tokens of each frame.
-        capacity: slots of a bin.
-
-    Returns:
-        `(bins, capacity, D)`; additive mask `(bins, 1, capacity, capacity)`, block-diagonal by frame; int64
-        `(tokens,)`, the flat slot of each token.
-    """
-    bins = first_fit_descending(counts, capacity)
-    starts = [b * capacity + offset for b, offset in zip(bins.assignment, bins.offsets, strict=True)]
-    slots = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
-    slots = slots.to(packed.device)
-    dense = packed.new_zeros(bins.num_bins * capacity, packed.shape[-1]).index_copy(0, slots, packed)
-    # Empty slots share the id -1: they attend to each other, and nothing reads them.
-    frame_ids = torch.full((bins.num_bins * capacity,), -1, device=packed.device)
-    frame_ids[slots] = torch.arange(len(counts), device=packed.device).repeat_interleave(
-        torch.tensor(counts, device=packed.device)
-    )
-    frame_ids = frame_ids.view(bins.num_bins, capacity)
-    same_frame = frame_ids[:, None, :, None] == frame_ids[:, None, None, :]
-    mask = torch.zeros_like(same_frame, dtype=packed.dtype).masked_fill(~same_frame, torch.finfo(packed.dtype).min)
-    return dense.view(bins.num_bins, capacity, -1), mask, slots
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from stts_molmo.modeling_stts_molmo import (
     VideoLayout,
     first_fit_descending,
     fold_key_bias,
+    plan_packing,
     refill_lone_frames,
     varlen_attention,
 )
@@ -94,8 +95,10 @@ KEEP_CASES = {
 
 
 def gather_features(tower, hidden_states, keep_mask, layout):
-    features, slots = tower.encode_survivors(hidden_states, keep_mask, int(keep_mask.sum()), layout)
-    return features[0][slots.clamp_min(0)] * (slots >= 0)[..., None]
+    packing = plan_packing(keep_mask, int(keep_mask.sum()), layout, tower.stts_config.refill_lone_frames)
+    packed = hidden_states.flatten(0, 1)[packing.patches]
+    features = torch.cat(tower.run_late_layers(packed, packing), dim=-1)
+    return features[packing.slots.clamp_min(0)] * (packing.slots >= 0)[..., None]
 
 
 @pytest.mark.parametrize("grid", [6, 5], ids=["dense blocks", "padded blocks"])
@@ -126,38 +129,55 @@ def test_packings_equal_the_masked_reference(case, attn, grid):
 
 def test_varlen_attention_in_bfloat16():
     query, key, value = torch.randn(3, 20, 2, 8)
-    cu_seqlens = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
-    exact = varlen_attention(query, key, value, cu_seqlens, 13, 8**-0.5)
-    half = varlen_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), cu_seqlens, 13, 8**-0.5)
+    offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    exact = varlen_attention(query, key, value, offsets, offsets, 13, 8**-0.5)
+    half = varlen_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), offsets, offsets, 13, 8**-0.5)
     torch.testing.assert_close(half.float(), exact, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_folded_bias_equals_an_additive_mask(dtype, tolerance):
-    query, key, value = torch.randn(3, 4, 2, 9, 8, dtype=torch.float64)
+    """Ragged queries, one frame without any, against all keys of each frame."""
+    counts = [5, 0, 9, 2]
+    query, (key, value) = torch.randn(16, 2, 8).double(), torch.randn(2, 4 * 9, 2, 8).double()
     results = []
     for fold in (True, False):
-        bias = (torch.rand(4, 9, generator=torch.Generator().manual_seed(3)) * 13 - 13.8).requires_grad_()
+        bias = (torch.rand(36, generator=torch.Generator().manual_seed(3)) * 13 - 13.8).requires_grad_()
         tensors = [x.to(dtype if fold else torch.float64).requires_grad_() for x in (query, key, value)]
-        q, k, v = tensors
         if fold:
-            q, k, v = fold_key_bias(q, k, v, bias, 8**-0.5)
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=8**-0.5)[..., :8]
+            q, k, v = fold_key_bias(*tensors, bias, 8**-0.5)
+            cu_seqlens_q = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            cu_seqlens_k = torch.arange(5, dtype=torch.int32) * 9
+            out = varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, 9, 8**-0.5)[..., :8]
         else:
-            out = ((q @ k.transpose(2, 3)) * 8**-0.5 + bias[:, None, None].double()).softmax(-1) @ v
+            outs = []
+            for q, k, v, b in zip(tensors[0].split(counts), *(x.split(9) for x in (*tensors[1:], bias)), strict=True):
+                logits = torch.einsum("qhd,khd->hqk", q, k) * 8**-0.5 + b.double()
+                outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v))
+            out = torch.cat(outs)
         (out.float() * torch.arange(8)).sum().backward()
         results.append([out.float(), bias.grad, *(x.grad.float() for x in tensors)])
     for folded, expected in zip(*results, strict=True):
         torch.testing.assert_close(folded, expected, atol=tolerance * expected.abs().max().item(), rtol=tolerance)
 
 
-def test_bias_layer_is_the_same_in_eager_and_sdpa():
-    bias = (torch.rand(3, 36) * 5 - 5)[:, None, None]
-    hidden_states = torch.randn(3, 36, 16)
-    eager, sdpa = (
-        make_model(attn=attn).model.vision_tower.layers[2](hidden_states, bias) for attn in ("eager", "sdpa")
-    )
-    torch.testing.assert_close(eager, sdpa, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("grid", [6, 5], ids=["dense blocks", "padded blocks"])
+def test_the_bias_layer_with_survivors_as_queries_equals_the_whole_layer(grid, with_bias):
+    layout = layout_of([5], grid)
+    keep_mask = torch.tensor(KEEP_CASES["ragged"], dtype=torch.bool)
+    packing = plan_packing(keep_mask, int(keep_mask.sum()), layout, refill=False)
+    results = []
+    for attn in ("eager", "sdpa"):
+        tower = make_model(grid, attn).model.vision_tower
+        hidden_states = torch.randn(5, grid * grid, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        bias = (torch.rand(5, grid * grid, generator=torch.Generator().manual_seed(2)) * 5 - 5).requires_grad_()
+        packed = tower.run_bias_layer(hidden_states, bias if with_bias else None, packing)
+        (packed * torch.arange(16)).sum().backward()
+        gradients = [p.grad for p in tower.layers[2].parameters()]
+        results.append([packed, hidden_states.grad, *gradients, *([bias.grad] if with_bias else [])])
+    for eager, sdpa in zip(*results, strict=True):
+        torch.testing.assert_close(sdpa, eager, atol=1e-4, rtol=1e-4)
 
 
 def test_refill_gives_lone_frames_their_tokens_back():
