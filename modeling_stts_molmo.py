@@ -30,6 +30,7 @@ from transformers.models.molmo2.modeling_molmo2 import (
     Molmo2ModelOutputWithPast,
     Molmo2TextModel,
     Molmo2VisionAttention,
+    Molmo2VisionEncoderLayer,
     Molmo2VisionModel,
 )
 from transformers.utils import can_return_tuple
@@ -519,6 +520,34 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
         return self.o_proj(attn_output[..., : self.head_dim].flatten(-2))[None], None
 
 
+class STTSMolmoVisionEncoderLayer(Molmo2VisionEncoderLayer):
+    """Native layer that can also take all patches in and give only the survivors out."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.self_attn = STTSMolmoVisionAttention(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        As the native forward, and with a `packing`: `(frames, N, D)` and a bias for each key `(frames, N)` in, packed
+        survivors `(tokens, D)` out. Every patch is a key. What a dropped patch would be after the layer is read by
+        nobody, so only survivors are queries (exact, gradients too).
+        """
+        if packing is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        normed = self.layer_norm1(hidden_states)
+        survivors, queries = (x.flatten(0, 1).index_select(0, packing.patches) for x in (hidden_states, normed))
+        attended, _ = self.self_attn(queries[None], normed, attention_mask, packing.cu_seqlens, packing.capacity)
+        survivors = survivors + attended[0]
+        return survivors + self.mlp(self.layer_norm2(survivors))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Vision tower
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,12 +592,13 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
     the layers after that run on the survivors. Without a `layout` it is the native tower.
     """
 
+    _no_split_modules = ["STTSMolmoVisionEncoderLayer"]
+
     def __init__(self, config, stts_config, feature_layers: Sequence[int]):
         super().__init__(config)
         self.stts_config = stts_config
         self.feature_layers = [layer % config.num_hidden_layers for layer in feature_layers]
-        for layer in self.layers:
-            layer.self_attn = STTSMolmoVisionAttention(config)
+        self.layers = nn.ModuleList(STTSMolmoVisionEncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.token_scorer = TokenScorer(config, stts_config)
         self.post_init()
 
@@ -639,19 +669,12 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         return token_scores, bias, auxiliary_loss(token_scores, target, layout.num_frames)
 
     def run_bias_layer(self, hidden_states: torch.Tensor, bias: torch.Tensor | None, packing: Packing) -> torch.Tensor:
-        """
-        Layer `l + 1`, `(frames, N, D)` -> packed survivors `(tokens, D)`. Every patch is a key; what dropped patches
-        would be after the layer is read by nobody, so only survivors are queries (exact, gradients too).
-        """
+        """Layer `l + 1`, `(frames, N, D)` -> packed survivors `(tokens, D)`."""
         layer = self.layers[self.stts_config.prune_layer + 1]
         if self.config._attn_implementation == "eager":
             hidden_states = layer(hidden_states, None if bias is None else bias[:, None, None])
             return hidden_states.flatten(0, 1).index_select(0, packing.patches)
-        normed = layer.layer_norm1(hidden_states)
-        survivors, queries = (x.flatten(0, 1).index_select(0, packing.patches) for x in (hidden_states, normed))
-        attended, _ = layer.self_attn(queries[None], normed, bias, packing.cu_seqlens, packing.capacity)
-        survivors = survivors + attended[0]
-        return survivors + layer.mlp(layer.layer_norm2(survivors))
+        return layer(hidden_states, bias, packing=packing)
 
     def run_late_layers(self, packed: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
         """Layers `l + 2..` on packed patches `(tokens, D)`; the outputs of the feature layers, each `(tokens, D)`."""
@@ -698,9 +721,10 @@ class Compaction(NamedTuple):
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, compact_length, C)` -> `(batch, length, C)`, zeros where the LLM did not run."""
         batch_size, length = self.input_keep_mask.shape
-        index = self.positions[..., None].expand(-1, -1, hidden_states.shape[-1])
+        # A model spread over devices may end on another one than it began on.
+        positions, mask = (x.to(hidden_states.device)[..., None] for x in (self.positions, self.mask))
         restored = hidden_states.new_zeros(batch_size, length, hidden_states.shape[-1])
-        return restored.scatter(1, index, hidden_states.masked_fill(~self.mask[..., None], 0))
+        return restored.scatter(1, positions.expand_as(hidden_states), hidden_states.masked_fill(~mask, 0))
 
 
 def plan_compaction(input_keep_mask: torch.Tensor, lengths: Sequence[int], padding_side: str) -> Compaction:
@@ -1307,7 +1331,7 @@ def labelled_states(
     targets = labels[:, 1:].to(hidden_states.device)
     positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     if input_keep_mask is not None:
-        positions = positions.masked_fill(~input_keep_mask[:, :-1], -1).cummax(1).values
+        positions = positions.masked_fill(~input_keep_mask[:, :-1].to(targets.device), -1).cummax(1).values
     # A label with no survivor before it (the first one of a left-padded row) has nothing to be predicted from.
     rows, columns = ((targets != -100) & (positions >= 0)).nonzero(as_tuple=True)
     return hidden_states[rows, positions[rows, columns]], targets[rows, columns]
