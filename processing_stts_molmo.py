@@ -30,6 +30,11 @@ from transformers.video_utils import VideoInput, VideoMetadata
 
 from .configuration_stts_molmo import validate_prune_ratio
 
+try:
+    from torchcodec.decoders import VideoDecoder
+except (ImportError, OSError, RuntimeError):  # not installed, or without the FFmpeg libraries that it was built for
+    VideoDecoder = None
+
 logger = logging.get_logger(__name__)
 
 # Two clocks may differ in the last bit; a frame that starts less than this after a sample time counts as shown then.
@@ -349,13 +354,19 @@ def to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
 
 def decode_clip(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor | None, np.ndarray]:
     """
-    Decode the frames on display at `targets` (as `decode_frames`), each once.
+    Decode the frames on display at `targets` (as `decode_frames`), each once; with torchcodec where that is installed
+    and manages the file, else with PyAV.
 
     Returns:
         `torch.Tensor`, `np.ndarray`: uint8 `(num_frames, 3, height, width)`, upright, and the frames' presentation
         times, int64 `(num_frames,)`. With damaged data `num_frames < num_targets`; with no frame at all the clip is
         `None`.
     """
+    if VideoDecoder is not None:
+        with contextlib.suppress(RuntimeError, ValueError, IndexError):
+            clip, taken = decode_clip_with_torchcodec(video, index, targets)
+            if np.array_equal(taken, np.unique(targets)):  # in some containers it lands beside the frame it should
+                return clip, taken
     clip, taken = None, []
     for frame in decode_frames(video, index, targets):
         if taken and frame.pts == taken[-1]:
@@ -366,6 +377,19 @@ def decode_clip(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[tor
         clip[len(taken)] = torch.from_numpy(to_rgb(frame, width, height)).permute(2, 0, 1)
         taken.append(frame.pts)
     return None if clip is None else clip[: len(taken)], np.array(taken, dtype=np.int64)
+
+
+def decode_clip_with_torchcodec(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """As `decode_clip`; raises `RuntimeError`, `ValueError` or `IndexError` on what torchcodec cannot decode."""
+    source = video
+    if isinstance(video, EncodedVideo):
+        source = video.file
+        source.seek(0)
+    seconds = targets * index.time_base.numerator / index.time_base.denominator + TIME_TOLERANCE
+    frames = VideoDecoder(source, num_ffmpeg_threads=0).get_frames_played_at(torch.from_numpy(np.unique(seconds)))
+    taken = np.rint(frames.pts_seconds.numpy() / float(index.time_base)).astype(np.int64)
+    taken, first = np.unique(taken, return_index=True)
+    return frames.data[torch.from_numpy(first)], taken
 
 
 def sample_clip(

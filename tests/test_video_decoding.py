@@ -120,6 +120,7 @@ def test_each_container_gives_the_frames_shown_and_their_times(container_clip):
 
 
 def test_jumping_and_decoding_on_give_the_same_pixels(container_clip, monkeypatch):
+    monkeypatch.setattr(processing, "VideoDecoder", None)
     index = read_frame_index(container_clip)
     targets = index.pts[[0, 1, 10, 11, 12, 13, 23, 24, 40, 41, 58, 59]]
     jumps = []
@@ -138,6 +139,17 @@ def test_jumping_and_decoding_on_give_the_same_pixels(container_clip, monkeypatc
     assert jumps or len(index.keyframes) == 1
     assert jumped_pts.tolist() == sequential_pts.tolist() == targets.tolist()
     assert jumped.equal(sequential)
+
+
+@pytest.mark.skipif(processing.VideoDecoder is None, reason="torchcodec is not installed, or does not load")
+def test_torchcodec_takes_the_frames_that_pyav_takes(container_clip, monkeypatch):
+    index = read_frame_index(container_clip)
+    targets = index.pts[[3, 3, 20, 41, -1]]
+    clip, taken = decode_clip(container_clip, index, targets)
+    monkeypatch.setattr(processing, "VideoDecoder", None)
+    expected, expected_taken = decode_clip(container_clip, index, targets)
+    assert taken.tolist() == expected_taken.tolist()
+    assert (clip.int() - expected.int()).abs().max() <= 2  # colour conversion may round otherwise
 
 
 def test_a_time_between_two_frames_shows_the_first_of_them(container_clip):
