@@ -1,0 +1,57 @@
+"""What needs a CUDA device: varlen kernels in half precision, and a vision tower that never waits for the device."""
+
+import pytest
+import torch
+from conftest import make_inputs, make_model, make_native, video_tensors
+from test_scoring import layout_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_gpu(inputs, dtype=torch.float32):
+    return {
+        name: value.cuda().to(dtype) if value.is_floating_point() else value.cuda() for name, value in inputs.items()
+    }
+
+
+@torch.no_grad()
+def test_nothing_pruned_equals_native_to_the_bit():
+    inputs = on_gpu(make_inputs([4, 6]))
+    assert torch.equal(make_model().cuda()(**inputs, prune_ratio=0).logits, make_native().cuda()(**inputs).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_logits_equal_those_of_the_cpu(dtype, tolerance):
+    # Random scores: those of the scorer differ in the last bit between devices, and so might the survivors.
+    inputs = make_inputs([4, 6])
+    expected = make_model(method="random")(**inputs)
+    outputs = make_model(method="random").cuda().to(dtype)(**on_gpu(inputs, dtype))
+    assert torch.equal(outputs.keep_mask.cpu(), expected.keep_mask)
+    torch.testing.assert_close(outputs.logits.float().cpu(), expected.logits, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_the_vision_tower_never_waits_for_the_device():
+    tower = make_model().cuda().bfloat16().model.vision_tower
+    layout = layout_of([4, 6])
+    layout = layout._replace(blocks=layout.blocks.cuda())
+    pixels = video_tensors([4, 6])["pixel_values_videos"].cuda().bfloat16()
+    tower(pixels, layout=layout, prune_ratio=0.5, method="scorer")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tower(pixels, layout=layout, prune_ratio=0.5, method="scorer")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_training_in_bfloat16_moves_the_scorer():
+    model = make_model().cuda().bfloat16().train()
+    inputs = on_gpu(make_inputs([4, 6]), torch.bfloat16)
+    inputs["labels"] = torch.where(inputs["input_ids"] < 60, inputs["input_ids"], -100)
+    model(**inputs).loss.backward()
+    gradient = model.model.vision_tower.token_scorer.fc3.weight.grad
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
