@@ -1084,11 +1084,17 @@ class STTSMolmoModel(Molmo2Model):
         return compacted
 
 
+def _cached_prompt(cache: Cache | None) -> CompactPrompt | None:
+    """The compacted prompt that `cache` was filled from; a cache that was reset has none."""
+    prompt = getattr(cache, "stts_prompt", None)
+    return prompt if prompt is not None and cache.get_seq_length() else None
+
+
 def _compact_cached_prompt(
     attention_mask: torch.Tensor | None, past_key_values: Cache | None, num_new: int
 ) -> torch.Tensor | None:
     """Give a mask over the user's whole sequence the length of a cache that holds a compacted prompt."""
-    prompt = getattr(past_key_values, "stts_prompt", None)
+    prompt = _cached_prompt(past_key_values)
     if prompt is None or attention_mask is None or attention_mask.ndim != 2:
         return attention_mask
     if attention_mask.shape[1] == past_key_values.get_seq_length() + num_new:  # `generate` did it already
@@ -1258,7 +1264,7 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         video_inputs = {name: kwargs.pop(name, None) for name in VIDEO_INPUTS}
         has_video = video_inputs["pixel_values_videos"] is not None
         cache = kwargs.get("past_key_values")
-        cached_prompt = getattr(cache, "stts_prompt", None)
+        cached_prompt = _cached_prompt(cache)
 
         if has_video and cached_prompt is not None:
             raise ValueError(
