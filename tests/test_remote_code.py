@@ -28,7 +28,14 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import *
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
 """
 
 
@@ -100,6 +107,8 @@ for generation in ("second", "third"):
     model = AutoModelForImageTextToText.from_pretrained(generation, **trust)
     processor = AutoProcessor.from_pretrained(generation, **trust)
     {CHECK_LOGITS.strip().replace(chr(10), chr(10) + "    ")}
+
+from transformers import Trainer, TrainingArguments
 
 class Data(torch.utils.data.Dataset):
     def __len__(self): return 2
