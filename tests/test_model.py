@@ -337,6 +337,14 @@ def test_decoding_by_hand_with_the_returned_cache(past):
             outputs = model(**inputs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "column"), [("left", -1), ("right", 0)])
+def test_rows_are_padded_again_on_their_side(side, column):
+    outputs = make_model()(**make_inputs([4, 6], side=side), use_cache=True)
+    mask = outputs.past_key_values.stts_prompt.attention_mask
+    assert mask[:, column].all() and not mask.all()
+
+
 def test_plan_compaction_on_both_sides():
     keep = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
     values = torch.arange(10).view(2, 5)

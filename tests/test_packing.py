@@ -161,6 +161,14 @@ def test_folded_bias_equals_an_additive_mask(dtype, tolerance):
         torch.testing.assert_close(folded, expected, atol=tolerance * expected.abs().max().item(), rtol=tolerance)
 
 
+def test_a_folded_bias_keeps_its_digits_in_bfloat16():
+    bias = torch.linspace(-13.8, 0, 50)
+    query, key, value = torch.ones(3, 50, 2, 8, dtype=torch.bfloat16)
+    query, key, _ = fold_key_bias(query, key, value, bias, 8**-0.5)
+    logits = (query.float() * key.float()).sum(-1) * 8**-0.5
+    torch.testing.assert_close(logits[:, 0] - 8 * 8**-0.5, bias, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("grid", [6, 5], ids=["dense blocks", "padded blocks"])
 def test_the_bias_layer_with_survivors_as_queries_equals_the_whole_layer(grid, with_bias):
