@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from batches import held_out_batches, sample_batch
+from batches import encode_clips, held_out_batches, sample_batch
 from fit import fit
 from scenes import FIRST_SEED
 from stts_molmo.configuration_stts_molmo import METHODS, STTSConfig
@@ -25,7 +25,7 @@ BEATS = (8, 12, 16)
 
 
 def model_loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    return model(**{name: value for name, value in batch.items() if name != "asked"}).loss
+    return model(**encode_clips(model, batch)).loss
 
 
 def load_converted(
@@ -49,9 +49,9 @@ if __name__ == "__main__":
     parser.add_argument("--score-bias", default=defaults.score_bias)
     parser.add_argument("--aux-target", default=defaults.aux_target)
     parser.add_argument("--aux-loss-weight", type=float, default=defaults.aux_loss_weight)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=16, help="clips a step")
-    parser.add_argument("--questions", type=int, default=8, help="questions a clip")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=8, help="clips a step")
+    parser.add_argument("--questions", type=int, default=6, help="questions a clip")
     parser.add_argument("--rate-scale", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batches import accuracy_by_kind
+from batches import accuracy, hits_by_kind
 
 
 def learning_rate_scale(step: int, total: int, warmup: int) -> float:
@@ -65,7 +65,7 @@ def fit(
             print(f"step {done} loss {np.mean(losses[-log_every:]):.4f} seconds a step {seconds:.2f}", flush=True)
         if done % eval_every == 0 or done == steps:
             model.eval()
-            scores = accuracy_by_kind(model, held_out, processor.tokenizer.eos_token_id)
+            scores = accuracy(hits_by_kind(model, held_out, processor.tokenizer.eos_token_id))
             print(json.dumps({"step": done, **{kind: round(score, 3) for kind, score in scores.items()}}), flush=True)
             if scores["all"] > best:
                 best = scores["all"]

@@ -201,7 +201,12 @@ def grid_positions(side: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def init_weights_by_fan_in(model: nn.Module) -> None:
-    """Linear weights ~ N(0, 1 / fan_in), biases 0, embeddings ~ N(0, 0.25), patch positions of `grid_positions`."""
+    """
+    Linear weights ~ N(0, 1 / fan_in), biases 0, embeddings ~ N(0, 0.25), patch positions of `grid_positions`.
+
+    The adapter's output starts as small as an embedding: nothing normalises it, and beside a vision token of many times
+    that size what the language model's layers add to it is lost.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
@@ -209,6 +214,7 @@ def init_weights_by_fan_in(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
+    model.model.multi_modal_projector.image_projector.down_proj.weight.mul_(0.1)
     positions = model.model.vision_tower.positional_embedding
     positions.copy_(grid_positions(FRAME_SIZE // PATCH_SIZE, positions.shape[1]))
 
