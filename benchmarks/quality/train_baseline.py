@@ -3,7 +3,8 @@
     python benchmarks/quality/train_baseline.py --output runs/baseline
 
 Scenes grow along `CURRICULUM`. A clip is encoded once for several questions, each in a conversation of its own, and the
-loss sees the answers only. The best weights by held-out accuracy are in OUTPUT/best; a run that is started again goes on where it stopped.
+loss sees the answers only. The best weights by held-out accuracy are in OUTPUT/best; a run that is started again goes
+on where it stopped.
 """
 
 import argparse
