@@ -1,0 +1,58 @@
+"""The plot of a throughput result, from its JSON alone."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+SECTIONS = ("vit forward", "vit training", "prefill", "training")
+ROWS = ("k=0", "k=0.3", "k=0.4", "k=0.5", "cosine k=0.5", "post-ViT k=0.5")
+
+
+def plot(result: dict, path: Path):
+    """Speedups over the native model at each section's last shape, and prefill time against frames and against k."""
+    fig, (speedup, frames, ratio) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    plot_speedups(speedup, result["records"])
+    plot_growth(frames, [r for r in result["records"] if r["section"] == "growth with frames"])
+    plot_ratio(ratio, [r for r in result["records"] if r["section"] == "growth with k"])
+    fig.suptitle(f"{result['preset']} preset, {result['hardware']}, torch {result['versions']['torch']}")
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+
+
+def plot_speedups(axes, records: list[dict]):
+    records = [record for record in records if record["section"] in SECTIONS]
+    last_shape = {record["section"]: (record["videos"], record["frames"]) for record in records}
+    for number, name in enumerate(ROWS):
+        values = {
+            record["section"]: record["speedup_over_native"]["median"]
+            for record in records
+            if record["name"] == name
+            and (record["videos"], record["frames"]) == last_shape[record["section"]]
+            and record.get("speedup_over_native")
+        }
+        places = [SECTIONS.index(section) + number / (len(ROWS) + 1) for section in values]
+        axes.bar(places, list(values.values()), 1 / (len(ROWS) + 1), label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([index + 0.35 for index in range(len(SECTIONS))], SECTIONS)
+    axes.set_ylabel("speed, native Molmo2 = 1")
+    axes.legend(fontsize="small")
+
+
+def plot_growth(axes, records: list[dict]):
+    for name in ("native", "k=0", "k=0.5"):
+        points = [(r["frames"], r["seconds"]["median"]) for r in records if r["name"] == name and "seconds" in r]
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    whole = {r["frames"]: r["seconds"]["median"] for r in records if r["name"] == "k=0" and "seconds" in r}
+    limit = [(r["frames"], whole[r["frames"]] / r["limit"]) for r in records if r["name"] == "k=0.5" and "limit" in r]
+    axes.plot(*zip(*limit, strict=True), "k--", label="k=0.5 by operation count")
+    axes.set(xscale="log", yscale="log", xlabel="frames", ylabel="seconds of a prefill")
+    axes.legend(fontsize="small")
+
+
+def plot_ratio(axes, records: list[dict]):
+    points = [(r["prune_ratio"], r["seconds"]["median"], r["limit"]) for r in records if "seconds" in r]
+    whole = points[0][1]
+    axes.plot([k for k, *_ in points], [seconds for _, seconds, _ in points], marker="o", label="measured")
+    axes.plot([k for k, *_ in points], [whole / limit for *_, limit in points], "k--", label="by operation count")
+    axes.set(xlabel="k", ylabel="seconds of a prefill", ylim=(0, None))
+    axes.legend(fontsize="small")
