@@ -16,10 +16,11 @@ lint: .venv/.test
 .venv/bin/python:
 	python3 -m venv .venv
 
+# --no-compile: most of what torch brings is never imported here, and compiling it takes as long as fetching it.
 .venv/.core: .venv/bin/python setup.py pyproject.toml
-	.venv/bin/pip install --editable .
+	.venv/bin/pip install --no-compile --editable .
 	touch $@
 
 .venv/.test: .venv/bin/python setup.py pyproject.toml
-	.venv/bin/pip install --editable ".[test]"
+	.venv/bin/pip install --no-compile --editable ".[test]"
 	touch $@ .venv/.core
