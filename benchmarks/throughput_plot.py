@@ -10,17 +10,20 @@ ROWS = ("k=0", "k=0.3", "k=0.4", "k=0.5", "cosine k=0.5", "post-ViT k=0.5")
 
 def plot(result: dict, path: Path):
     """Speedups over the native model at each section's last shape, and prefill time against frames and against k."""
-    fig, (speedup, frames, ratio) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    plot_speedups(speedup, result["records"])
-    plot_growth(frames, [r for r in result["records"] if r["section"] == "growth with frames"])
-    plot_ratio(ratio, [r for r in result["records"] if r["section"] == "growth with k"])
+    panels = {plot_speedups: SECTIONS, plot_growth: ("growth with frames",), plot_ratio: ("growth with k",)}
+    fig, every_axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
+    for axes, (draw, sections) in zip(every_axes, panels.items(), strict=True):
+        records = [record for record in result["records"] if record["section"] in sections]
+        if records:
+            draw(axes, records)
+        else:
+            axes.set_axis_off()
     fig.suptitle(f"{result['preset']} preset, {result['hardware']}, torch {result['versions']['torch']}")
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
 
 def plot_speedups(axes, records: list[dict]):
-    records = [record for record in records if record["section"] in SECTIONS]
     last_shape = {record["section"]: (record["videos"], record["frames"]) for record in records}
     for number, name in enumerate(ROWS):
         values = {
@@ -43,7 +46,8 @@ def plot_growth(axes, records: list[dict]):
         points = [(r["frames"], r["seconds"]["median"]) for r in records if r["name"] == name and "seconds" in r]
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     whole = {r["frames"]: r["seconds"]["median"] for r in records if r["name"] == "k=0" and "seconds" in r}
-    limit = [(r["frames"], whole[r["frames"]] / r["limit"]) for r in records if r["name"] == "k=0.5" and "limit" in r]
+    limits = {r["frames"]: r["limit"] for r in records if r["name"] == "k=0.5" and "limit" in r}
+    limit = [(count, seconds / limits[count]) for count, seconds in whole.items() if count in limits]
     axes.plot(*zip(*limit, strict=True), "k--", label="k=0.5 by operation count")
     axes.set(xscale="log", yscale="log", xlabel="frames", ylabel="seconds of a prefill")
     axes.legend(fontsize="small")
@@ -51,8 +55,8 @@ def plot_growth(axes, records: list[dict]):
 
 def plot_ratio(axes, records: list[dict]):
     points = [(r["prune_ratio"], r["seconds"]["median"], r["limit"]) for r in records if "seconds" in r]
-    whole = points[0][1]
-    axes.plot([k for k, *_ in points], [seconds for _, seconds, _ in points], marker="o", label="measured")
-    axes.plot([k for k, *_ in points], [whole / limit for *_, limit in points], "k--", label="by operation count")
+    ratios = [k for k, *_ in points]
+    axes.plot(ratios, [seconds for _, seconds, _ in points], marker="o", label="measured")
+    axes.plot(ratios, [points[0][1] / limit for *_, limit in points], "k--", label="by operation count")
     axes.set(xlabel="k", ylabel="seconds of a prefill", ylim=(0, None))
     axes.legend(fontsize="small")

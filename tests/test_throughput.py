@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import throughput
-from operation_count import Shape, attention, forward_operations, grid_sizes, vision_layer
+from operation_count import Shape, attention, forward_operations, language_layer, vision_layer
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 
 
@@ -56,10 +58,71 @@ def test_operations_of_an_attention_by_hand():
     assert vision_layer(config, queries, keys, queries * keys) == projections + products + mlp
 
 
-def test_limits_of_the_paper_settings():
-    """Prefill of Molmo2-4B, against the figures derived by hand from the architecture."""
+@torch.no_grad()
+def test_operations_of_whole_frames_equal_what_torch_counts():
+    preset, shape = throughput.PRESETS["dry-run"], Shape(2, 4, 5, 8)
+    models = throughput.build_models(preset)
+    models.native.set_attn_implementation("eager")  # the counter knows products, not every attention kernel
+    inputs = throughput.make_inputs(models.ours.config, shape, preset.device, preset.dtype)
+    with FlopCounterMode(display=False) as counter:
+        throughput.encode(models, throughput.NATIVE, inputs)
+    needed = forward_operations(models.ours.config, shape, 0.0, "native")
+    assert counter.get_total_flops() == sum(needed[name] for name in throughput.VIT_STAGES)
+
+
+def test_pairs_of_the_language_model_equal_those_of_its_mask():
+    config, shape, num_read = STTSMolmoConfig(**throughput.PRESETS["dry-run"].config), Shape(1, 3, 5, 8), 2
+    kept = 3 * 4 - 6  # 4 tokens a frame, half of them dropped
+    is_vision = torch.arange(kept + 8 + 5) < kept
+    mask = torch.ones(len(is_vision), len(is_vision)).tril().bool() | (is_vision[:, None] & is_vision)
+    text, length = config.text_config, len(is_vision)
+    assert text.num_hidden_layers == 2
+    first = language_layer(text, length, length, int(mask.sum()))
+    last = language_layer(text, num_read, length, int(mask[-num_read:].sum()))
+    assert forward_operations(config, shape, 0.5, "scorer", num_read)["language"] == first + last
+
+
+@pytest.mark.parametrize("videos, frames, delimiters", [(2, 64, 603), (1, 256, 2523)])
+def test_limits_of_the_paper_settings_by_hand(videos, frames, delimiters):
+    """A prefill of Molmo2-4B without what makes up a hundredth of it: adapter, scorer and the spared last layer."""
+    patch = 2 * (4 * 1152**2 + 2 * 1152 * 4304)  # of a ViT layer
+    patch_pair = 4 * 1152
+    token = 36 * 2 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728)
+    token_pair = 36 * 4 * 4096
+
+    def by_hand(share: float) -> float:
+        vision_tokens = share * 81 * frames
+        length = vision_tokens + delimiters + 2048
+        full, late = (729 * patch + 729**2 * patch_pair, share * 729 * patch + (share * 729) ** 2 * patch_pair)
+        language = token * length + token_pair * (length**2 + vision_tokens**2) / 2
+        return frames * (4.5 * full + 20.5 * late) + language  # layer 4: all keys, some queries
+
     config = STTSMolmoConfig(**throughput.PRESETS["gpu"].config)
-    assert grid_sizes(config) == (729, 81)
-    for shape, limit in ((Shape(2, 64, 2048, 603), 1.6), (Shape(1, 256, 2048, 2523), 2.0)):
-        whole, half = (sum(forward_operations(config, shape, k, "scorer").values()) for k in (0.0, 0.5))
-        assert limit < whole / half < limit + 0.4
+    shape = Shape(videos, frames, 2048, delimiters)
+    whole, half = (sum(forward_operations(config, shape, k, "scorer").values()) for k in (0.0, 0.5))
+    assert whole / half == pytest.approx(by_hand(1.0) / by_hand(0.5), rel=0.02)
+    assert whole == pytest.approx(videos * by_hand(1.0), rel=0.03)
+
+
+def test_a_row_without_memory_is_reported_and_the_others_measured(tmp_path):
+    def out_of_memory():
+        raise torch.OutOfMemoryError
+
+    steps = {throughput.NATIVE: out_of_memory, throughput.UNPRUNED: lambda: None, throughput.HALF: lambda: None}
+    measurements = throughput.take_turns(steps, throughput.CpuClock, rounds=2)
+    assert [row for row, measurement in measurements.items() if measurement is None] == [throughput.NATIVE]
+    config, operations = STTSMolmoConfig(**throughput.PRESETS["dry-run"].config), dict.fromkeys(steps, 1.0)
+    records = throughput.describe("growth with frames", config, Shape(1, 3, 5, 8), measurements, operations)
+    assert records[0]["out_of_memory"] and records[2]["speedup_over_native"] is None
+    assert records[2]["speedup_over_k0"]["median"] >= 0
+    result = {"preset": "gpu", "hardware": "none", "versions": {"torch": "none"}, "records": records}
+    throughput.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_one_section_with_or_without_checkpointing(tmp_path):
+    path = tmp_path / "dry.json"
+    throughput.main(["--preset", "dry-run", "--sections", "vit", "--no-gradient-checkpointing", "--output", str(path)])
+    result = json.loads(path.read_text())
+    assert {record["section"] for record in result["records"]} == {"vit forward", "vit training"}
+    assert result["gradient_checkpointing"] is False
