@@ -16,7 +16,7 @@ lint: .venv/.test
 .venv/bin/python:
 	python3 -m venv .venv
 
-# --no-compile: most of what torch brings is never imported here, and compiling it takes as long as fetching it.
+# --no-compile: most of what torch brings is never imported here.
 .venv/.core: .venv/bin/python setup.py pyproject.toml
 	.venv/bin/pip install --no-compile --editable .
 	touch $@
