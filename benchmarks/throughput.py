@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -601,6 +600,12 @@ def measure_clip(bench: Bench) -> list[dict]:
     return [{"section": "clip", **size, "stage": name, "seconds": summary(times)} for name, times in seconds.items()]
 
 
+def peak_resident_bytes() -> int:
+    """High-water mark of this program. Not `ru_maxrss`: that begins with what the parent process had."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
+
+
 def peak_rss(preset: Preset, row: Row) -> dict[str, int]:
     """Peak resident bytes of this process before and after its first training step."""
     torch.set_num_threads(1)
@@ -608,10 +613,9 @@ def peak_rss(preset: Preset, row: Row) -> dict[str, int]:
     models = build_models(preset)
     inputs = make_inputs(models.ours.config, shape, preset.device, preset.dtype)
     models.train(True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     training_step(models, row, inputs, shape.text)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes_before": 1024 * before, "peak_bytes": 1024 * after}
+    return {"bytes_before": before, "peak_bytes": peak_resident_bytes()}
 
 
 def measure_memory(bench: Bench) -> list[dict]:
