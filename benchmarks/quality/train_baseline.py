@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from batches import answer_logits, held_out_batches, sample_batch
 from fit import fit
-from muon import Muon
 from scenes import FIRST_SEED
 from tiny import build_model, build_processor
 from torch.nn import functional as F
@@ -41,7 +40,7 @@ def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch
     }
     outer = [parameter for name, parameter in model.named_parameters() if name not in inner]
     return [
-        Muon(inner.values(), lr=learning_rate),
+        torch.optim.Muon(inner.values(), lr=learning_rate, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outer, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
 
