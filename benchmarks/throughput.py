@@ -609,7 +609,7 @@ def peak_resident_bytes() -> int:
 def peak_rss(preset: Preset, row: Row) -> dict[str, int]:
     """Peak resident bytes of this process before and after its first training step."""
     torch.set_num_threads(1)
-    shape = preset.training[-1]
+    shape = preset.prefill[-1]
     models = build_models(preset)
     inputs = make_inputs(models.ours.config, shape, preset.device, preset.dtype)
     models.train(True)
@@ -624,7 +624,7 @@ def measure_memory(bench: Bench) -> list[dict]:
     for row in (NATIVE, UNPRUNED, HALF) if bench.preset.device == "cpu" else ():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(peak_rss, (bench.preset, row))
-        shape = dataclasses.asdict(bench.preset.training[-1])
+        shape = dataclasses.asdict(bench.preset.prefill[-1])
         records.append({"section": "memory", **shape, **dataclasses.asdict(row), **peak})
     return records
 
