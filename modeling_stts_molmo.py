@@ -48,6 +48,7 @@ register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_m
 
 MIN_SCORE = 1e-6  # keeps log(score) finite
 RESCALED_MIN_SCORE = math.exp(-2)  # authors' code
+VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1315,9 +1316,6 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
             length = next((value for value in sources if value is not None), None)
             if length:
                 kwargs[name] = max(length - num_dropped, 0)
-
-
-VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
 
 def labelled_states(

@@ -65,7 +65,7 @@ def test_generation_follows_forward():
     assert torch.equal(logits[:, -7:-1].argmax(-1), tokens)
 
 
-def test_vision_is_encoded_once(monkeypatch):
+def test_vision_is_encoded_once():
     model, calls = make_model(), []
     model.model.vision_tower.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[0]))
     model.generate(**make_inputs([4, 2]), **BEAMS)

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from conftest import make_model, video_tensors
+from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from stts_molmo.modeling_stts_molmo import (
     Bins,
-    VideoLayout,
     first_fit_descending,
     fold_key_bias,
     plan_packing,
     refill_lone_frames,
     varlen_attention,
 )
+from test_scoring import layout_of
 
 
 def brute_force_bins(counts: list[int], capacity: int) -> Bins:
@@ -78,12 +78,6 @@ def masked_reference(tower, hidden_states, keep_mask, layout):
 
 def attn_projections(attn):
     return attn.q_proj, attn.k_proj, attn.v_proj
-
-
-def layout_of(num_frames, grid):
-    videos = video_tensors(num_frames, grid)
-    rows, columns = videos["video_grids"][0, 1:].tolist()
-    return VideoLayout(num_frames, (rows, columns), grid * grid, videos["video_token_pooling"][: rows * columns].long())
 
 
 KEEP_CASES = {
