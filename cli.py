@@ -128,7 +128,7 @@ def visualize(
     prune_ratio: Annotated[
         float | None, typer.Option(help="Share of tokens to drop, in [0, 1); the checkpoint's own when not given.")
     ] = None,
-    method: Annotated[str, typer.Option(help="`scorer`, `cosine` or `random`.")] = "scorer",
+    method: Annotated[str, typer.Option(help="`scorer`, `cosine`, `random` or `tome`.")] = "scorer",
     compare: Annotated[str | None, typer.Option(help="Another method, drawn below the first.")] = None,
     num_frames: Annotated[
         int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")

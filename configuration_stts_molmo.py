@@ -5,7 +5,7 @@ from transformers import Molmo2Config
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-METHODS = ("scorer", "cosine", "random", "none")
+METHODS = ("scorer", "cosine", "random", "tome", "none")
 SCORE_BIASES = ("log", "rescaled_log")
 AUX_TARGETS = ("patches", "pooled")
 AUTO_MAP = {
@@ -49,7 +49,8 @@ class STTSConfig(PreTrainedConfig):
         pooling_size (`int`, defaults to 3): side `w` of the `w x w` patches that share a score and become one
             LLM token.
         method (`str`, defaults to `"scorer"`): who scores. `"scorer"` is STTS; `"cosine"` the training-free
-            neighbouring-frame similarity of section 5.1; `"random"` a seeded draw; `"none"` prunes nothing.
+            neighbouring-frame similarity of section 5.1; `"random"` a seeded draw; `"tome"` merges tokens within each
+            frame instead of dropping them (appendix C); `"none"` prunes nothing.
         score_bias (`str`, defaults to `"log"`): `"log"` is `log(score)` (section 3.2); `"rescaled_log"` first
             rescales the scores of each row of patches to `[exp(-2), 1]`, as the authors' public code does.
         refill_lone_frames (`bool`, defaults to `False`): give a frame that sits alone in its first-fit-descending

@@ -1,9 +1,9 @@
 """STTS (Spatio-Temporal Token Scoring) inside Molmo2.
 
-The file reads in the order in which data flows: budget, features, scores, bias, selection, packing, attention, the
-vision tower, compaction of the LLM's input, the model, loss and generation. Sections cited as "section n" are those
-of the paper. Symbols: `F` frames of all videos of a batch, `N` patches a frame, `P` pooled tokens a frame, `w` pooling
-window, `D` ViT width, `k` prune ratio.
+The file reads in the order in which data flows: budget, features, scores, bias, selection or merging, packing,
+attention, the vision tower, compaction of the LLM's input, the model, loss and generation. Sections cited as
+"section n" are those of the paper. Symbols: `F` frames of all videos of a batch, `N` patches a frame, `P` pooled tokens
+a frame, `w` pooling window, `D` ViT width, `k` prune ratio.
 """
 
 import math
@@ -48,6 +48,7 @@ register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_m
 
 MIN_SCORE = 1e-6  # keeps log(score) finite
 RESCALED_MIN_SCORE = math.exp(-2)  # authors' code
+MERGED_AWAY_BIAS = -1000.0  # no attention weight is left in float32; finite in float16 even when divided by a scale
 VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
 
@@ -109,6 +110,15 @@ def gather_blocks(hidden_states: torch.Tensor, layout: VideoLayout) -> torch.Ten
     blocks = layout.blocks
     gathered = hidden_states.index_select(1, blocks.clamp_min(0).flatten()).unflatten(1, blocks.shape)
     return gathered if layout.is_dense else gathered.masked_fill((blocks < 0)[None, :, :, None], 0)
+
+
+def patch_slots(layout: VideoLayout) -> torch.Tensor:
+    """Where each patch of a frame is in `layout.blocks.flatten()`: int64 `(N,)`."""
+    blocks = layout.blocks.flatten()
+    # Slots outside the frame (-1) write to a spare last entry.
+    slots = blocks.new_zeros(layout.num_patches + 1)
+    slots[blocks] = torch.arange(len(blocks), device=blocks.device)
+    return slots[:-1]
 
 
 def previous_frame(features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
@@ -220,11 +230,7 @@ def log_score_bias(token_scores: torch.Tensor, layout: VideoLayout, kind: str) -
         rows = RESCALED_MIN_SCORE + (rows - low) * (1 - RESCALED_MIN_SCORE) / (high - low + 1e-6)
         token_scores = rows.flatten(1)
     bias = zero_first_frames(token_scores.clamp_min(MIN_SCORE).log(), layout.num_frames)
-    block_ids = torch.arange(layout.tokens_per_frame, device=bias.device)[:, None].expand_as(layout.blocks)
-    # Slots outside the frame (-1) write to a spare last entry.
-    patch_block = block_ids.new_zeros(layout.num_patches + 1)
-    patch_block[layout.blocks.flatten()] = block_ids.flatten()
-    return bias.index_select(1, patch_block[:-1])
+    return bias.index_select(1, patch_slots(layout) // layout.blocks.shape[1])
 
 
 def auxiliary_loss(token_scores: torch.Tensor, target: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
@@ -236,7 +242,7 @@ def auxiliary_loss(token_scores: torch.Tensor, target: torch.Tensor, num_frames:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Selection and packing
+# Selection, merging and packing
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +267,94 @@ def select_tokens(token_scores: torch.Tensor, num_frames: Sequence[int], num_kep
         mask = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:kept], True)
         masks.append(mask.view_as(scores))
     return torch.cat(masks)
+
+
+def merging_shares(layout: VideoLayout, num_kept: Sequence[int]) -> tuple[torch.Tensor, int]:
+    """
+    Blocks that each frame loses to merging: none in a video's first frame, equal shares in the others, the spare ones
+    in the earliest. A video of 3 frames of 4 blocks that keeps 5 loses `[0, 4, 3]`.
+
+    Returns:
+        int64 `(frames,)`, and the largest of them, known without looking at the device.
+    """
+    shares, largest = [], 0
+    for num_frames, kept in zip(layout.num_frames, num_kept, strict=True):
+        share, spare = divmod(num_frames * layout.tokens_per_frame - kept, max(num_frames - 1, 1))
+        frame = torch.arange(num_frames, device=layout.blocks.device)
+        shares.append(torch.where(frame > 0, share + (frame <= spare), 0))
+        largest = max(largest, share + (spare > 0))
+    return torch.cat(shares), largest
+
+
+def block_members(owners: torch.Tensor) -> torch.Tensor:
+    """The block each block is merged into, `(frames, P)` -> bool `(frames, P, P)`, row i marks those in block i."""
+    return owners[:, None] == torch.arange(owners.shape[1], device=owners.device)[:, None]
+
+
+@torch.no_grad()
+def match_blocks(features: torch.Tensor, num_left: torch.Tensor, num_rounds: int) -> torch.Tensor:
+    """
+    Bipartite soft matching (Bolya et al. 2023), frame by frame. Each round deals the blocks alive to sets A and B in
+    turn, finds for each of A the most similar of B, and merges the most similar pairs, at most all of A that B matches
+    in number. Ties go to the lower index.
+
+    Args:
+        features: float32 `(frames, P, C)`, the sum of each block's patches; a merged block's is that of its members,
+            which points where their mean does.
+        num_left: int64 `(frames,)`, blocks to stop at, 1 or more.
+        num_rounds: enough for every frame; in a frame that is done a round changes nothing.
+
+    Returns:
+        int64 `(frames, P)`, the block that each block ends up in; itself for those left.
+    """
+    index = torch.arange(features.shape[1], device=features.device)
+    owners = index.expand(features.shape[:2])
+    for _ in range(num_rounds):
+        alive = owners == index
+        rank = alive.cumsum(1)
+        in_a, in_b = alive & (rank % 2 == 1), alive & (rank % 2 == 0)
+        normed = F.normalize(block_members(owners).to(features.dtype) @ features, dim=-1)
+        similarity = (normed @ normed.mT).masked_fill(~(in_a[:, :, None] & in_b[:, None]), -torch.inf)
+        best, target = similarity.max(-1)
+        num_merges = torch.minimum(rank[:, -1] - num_left, rank[:, -1] // 2)
+        place = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        owners = torch.where(place < num_merges[:, None], target, index).gather(1, owners)
+    return owners
+
+
+def merge_tokens(
+    hidden_states: torch.Tensor, layout: VideoLayout, num_kept: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Token merging (ToMe) in place of selection, the baseline of Table 5. The paper says no more than that it merges
+    "within the ViT" and passes "the modified, pooled patches to the LLM" (appendix C). Our choices: the unit is the
+    block, as budget, adapter and LLM count blocks, and merging is done once, after layer `l`, within each frame;
+    likeness is the cosine of the mean features (ToMe: of the attention's keys); a merged block is the mean of its
+    members, slot by slot; proportional attention (`log(size)` per key) is in layer `l + 1` only. A frame whose share
+    is all of its blocks loses the last one too. A slot outside the frame stays empty whatever the members have there.
+
+    Args:
+        hidden_states: `(frames, N, D)` after layer `l`.
+        layout: of the batch.
+        num_kept: survivors of each video.
+
+    Returns:
+        `(frames, N, D)` with merged blocks in the places of those they were merged into; float32 `(frames, N)`, the
+        attention bias of layer `l + 1`, under which what was merged away is no key; bool `(frames, P)` keep mask.
+    """
+    blocks = gather_blocks(hidden_states, layout)
+    shares, largest = merging_shares(layout, num_kept)
+    num_left = (layout.tokens_per_frame - shares).clamp_min(1)
+    num_rounds = math.ceil(math.log2(layout.tokens_per_frame / max(layout.tokens_per_frame - largest, 1)))
+    with torch.autocast(blocks.device.type, enabled=False):  # likenesses rounded to bfloat16 are full of ties
+        members = block_members(match_blocks(blocks.sum(2, dtype=torch.float32), num_left, num_rounds))
+        sizes = members.float() @ (layout.blocks >= 0).float()
+    merged = (members.to(blocks.dtype) @ blocks.flatten(2)).view_as(blocks) / sizes.clamp_min(1)[..., None]
+    bias = torch.where(sizes > 0, sizes.log(), MERGED_AWAY_BIAS)
+    slots = patch_slots(layout)
+    patches, bias = (x.flatten(1, 2).index_select(1, slots) for x in (merged.to(hidden_states.dtype), bias))
+    is_left = members.diagonal(dim1=1, dim2=2) & (shares < layout.tokens_per_frame)[:, None]
+    return patches, bias, is_left
 
 
 def mask_to_indices(mask: torch.Tensor, num_true: int) -> torch.Tensor:
@@ -562,7 +656,8 @@ class STTSMolmoVisionOutput(BaseModelOutputWithPooling):
             Features of the patches that late layers saw, packed block by block.
         pooled_patches_idx (`torch.LongTensor` of shape `(kept, w * w)`):
             Where the patches of each surviving block are in `last_hidden_state`; -1 for slots outside the frame.
-        token_scores (`torch.FloatTensor` of shape `(frames, P)`), keep_mask (`torch.BoolTensor`, same shape),
+        token_scores (`torch.FloatTensor` of shape `(frames, P)`; `None` when tokens were merged),
+        keep_mask (`torch.BoolTensor` of shape `(frames, P)`),
         aux_loss (`torch.FloatTensor`, scalar; `None` unless the scorer scored).
     """
 
@@ -589,8 +684,8 @@ class STTSMolmoVideoFeatures(BaseModelOutputWithPooling):
 
 class STTSMolmoVisionModel(Molmo2VisionModel):
     """
-    Modifications: after layer `prune_layer` tokens are scored, the scores bias the attention of the next layer, and
-    the layers after that run on the survivors. Without a `layout` it is the native tower.
+    Modifications: after layer `prune_layer` tokens are scored (or merged), the scores (or the sizes) bias the attention
+    of the next layer, and the layers after that run on the survivors. Without a `layout` it is the native tower.
     """
 
     _no_split_modules = ["STTSMolmoVisionEncoderLayer"]
@@ -623,7 +718,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
             pixel_values: `(frames, N, patch_size * patch_size * channels)`.
             layout: of the videos the frames belong to; `None` for images and for videos kept whole.
             prune_ratio: share of each video's tokens to drop, in `[0, 1)`.
-            method: `"scorer"`, `"cosine"` or `"random"`.
+            method: `"scorer"`, `"cosine"`, `"random"` or `"tome"`.
 
         Returns:
             [`STTSMolmoVisionOutput`] with a layout, the native output without.
@@ -635,10 +730,15 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         for layer in self.layers[: self.stts_config.prune_layer + 1]:
             hidden_states = layer(hidden_states, None)
 
-        token_scores, bias, aux_loss = self.score(hidden_states, layout, method)
         num_kept = layout.num_kept(prune_ratio)
-        keep_mask = select_tokens(token_scores, layout.num_frames, num_kept)
-        packing = plan_packing(keep_mask, sum(num_kept), layout, self.stts_config.refill_lone_frames)
+        refill = self.stts_config.refill_lone_frames
+        if method == "tome":
+            hidden_states, bias, keep_mask = merge_tokens(hidden_states, layout, num_kept)
+            token_scores, aux_loss, refill = None, None, False  # what was merged away is in the survivors already
+        else:
+            token_scores, bias, aux_loss = self.score(hidden_states, layout, method)
+            keep_mask = select_tokens(token_scores, layout.num_frames, num_kept)
+        packing = plan_packing(keep_mask, sum(num_kept), layout, refill)
         packed = self.run_bias_layer(hidden_states, bias, packing)
         features = torch.cat(self.run_late_layers(packed, packing), dim=-1)
         return STTSMolmoVisionOutput(
@@ -653,7 +753,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         self, hidden_states: torch.Tensor, layout: VideoLayout, method: str
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
-        The pruners: features after layer `l`, `(frames, N, D)`, in; scores `(frames, P)`, attention bias
+        The pruners that drop: features after layer `l`, `(frames, N, D)`, in; scores `(frames, P)`, attention bias
         `(frames, N)` and auxiliary loss out. Only the scorer has the last two.
         """
         if method == "random":
@@ -867,7 +967,7 @@ class STTSMolmoModel(Molmo2Model):
             video_token_pooling: int `(frames * P, w * w)`, the patches of each pooled token.
             video_grids: int `(videos, 3)`: frames, rows and columns of pooled tokens.
             prune_ratio: share of tokens to drop, in `[0, 1)`; the config's when not given.
-            method: `"scorer"`, `"cosine"`, `"random"` or `"none"`; the config's when not given.
+            method: `"scorer"`, `"cosine"`, `"random"`, `"tome"` or `"none"`; the config's when not given.
 
         Raises:
             ValueError: a ratio or method out of range, or inputs whose shapes do not belong together.

@@ -33,7 +33,7 @@ def visualize(
 
     Args:
         video: anything that the processor takes: a path, a URL, bytes.
-        methods: `"scorer"`, `"cosine"` or `"random"`, drawn one above the other.
+        methods: `"scorer"`, `"cosine"`, `"random"` or `"tome"` (which has no scores), drawn one above the other.
         prune_ratio: share of tokens to drop; the checkpoint's own when not given.
         num_frames: most frames to sample; the checkpoint's own when not given.
         columns: frames in a row; each image holds one row of every method.

@@ -77,7 +77,7 @@ def forward_operations(
     Args:
         config: an `STTSMolmoConfig`.
         prune_ratio: 0 is the native model.
-        method: `"scorer"`, `"cosine"`, or `"post_vit"`: tokens are dropped before the language model only.
+        method: `"scorer"`, `"cosine"`, `"tome"`, or `"post_vit"`: tokens are dropped before the language model only.
         num_read: positions at the end of each row whose logits are read.
         num_new: tokens that pass through the language model one by one afterwards.
     """

@@ -60,8 +60,9 @@ class Row:
 
 NATIVE, UNPRUNED = Row("native", "native", 0.0), Row("k=0", "scorer", 0.0)
 PRUNED = tuple(Row(f"k={ratio}", "scorer", ratio) for ratio in (0.3, 0.4, 0.5))
-COSINE, POST_VIT = Row("cosine k=0.5", "cosine", 0.5), Row("post-ViT k=0.5", "post_vit", 0.5)
-ROWS = (NATIVE, UNPRUNED, *PRUNED, COSINE, POST_VIT)
+COSINE, TOME = Row("cosine k=0.5", "cosine", 0.5), Row("ToMe k=0.5", "tome", 0.5)
+POST_VIT = Row("post-ViT k=0.5", "post_vit", 0.5)
+ROWS = (NATIVE, UNPRUNED, *PRUNED, COSINE, TOME, POST_VIT)
 HALF = PRUNED[-1]
 
 

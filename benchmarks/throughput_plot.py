@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 SECTIONS = ("vit forward", "vit training", "prefill", "training")
-ROWS = ("k=0", "k=0.3", "k=0.4", "k=0.5", "cosine k=0.5", "post-ViT k=0.5")
+ROWS = ("k=0", "k=0.3", "k=0.4", "k=0.5", "cosine k=0.5", "ToMe k=0.5", "post-ViT k=0.5")
 
 
 def plot(result: dict, path: Path):

@@ -33,7 +33,7 @@ def test_a_molmo2_config_becomes_ours():
         ({"prune_ratio": 1.0}, "1.0", "[0, 1)"),
         ({"prune_ratio": -0.1}, "-0.1", "[0, 1)"),
         ({"prune_ratio": float("nan")}, "nan", "[0, 1)"),
-        ({"method": "magic"}, "magic", "'scorer', 'cosine', 'random', 'none'"),
+        ({"method": "magic"}, "magic", "'scorer', 'cosine', 'random', 'tome', 'none'"),
         ({"score_bias": "linear"}, "linear", "'log'"),
         ({"aux_target": "pixels"}, "pixels", "'patches'"),
         ({"scorer_hidden_act": "sillu"}, "sillu", "'silu'"),

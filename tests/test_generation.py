@@ -42,7 +42,7 @@ def test_nothing_pruned_generates_what_native_generates(case, options):
     [GREEDY, BEAMS, BEAMS | {"num_return_sequences": 3}],
     ids=["greedy", "beams", "return all beams"],
 )
-@pytest.mark.parametrize("method", ["scorer", "cosine", "random"])
+@pytest.mark.parametrize("method", ["scorer", "cosine", "random", "tome"])
 def test_a_batch_generates_what_each_row_generates_alone(method, options):
     model, inputs = make_model(method=method), make_inputs(BATCH)
     together = new_tokens(model, inputs, **options)

@@ -35,15 +35,16 @@ def test_logits_equal_those_of_the_cpu(dtype, tolerance):
 
 
 @torch.no_grad()
-def test_the_vision_tower_never_waits_for_the_device():
+@pytest.mark.parametrize("method", ["scorer", "tome"])
+def test_the_vision_tower_never_waits_for_the_device(method):
     tower = make_model().cuda().bfloat16().model.vision_tower
     layout = layout_of([4, 6])
     layout = layout._replace(blocks=layout.blocks.cuda())
     pixels = video_tensors([4, 6])["pixel_values_videos"].cuda().bfloat16()
-    tower(pixels, layout=layout, prune_ratio=0.5, method="scorer")
+    tower(pixels, layout=layout, prune_ratio=0.5, method=method)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tower(pixels, layout=layout, prune_ratio=0.5, method="scorer")
+        tower(pixels, layout=layout, prune_ratio=0.5, method=method)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -75,7 +75,7 @@ def test_one_frame_loses_nothing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["scorer", "cosine", "random"])
+@pytest.mark.parametrize("method", ["scorer", "cosine", "random", "tome"])
 @pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.9])
 def test_exactly_the_budget_is_dropped(method, prune_ratio):
     inputs = make_inputs([6, 4])
@@ -147,7 +147,7 @@ BATCH = [4, None, 6, 1, 3, 2, None, 5]
 @torch.no_grad()
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", ["scorer", "cosine", "random"])
+@pytest.mark.parametrize("method", ["scorer", "cosine", "random", "tome"])
 def test_a_batch_equals_one_by_one(method, side, attn):
     model, inputs = make_model(attn=attn, method=method), make_inputs(BATCH, side=side)
     batch = model(**inputs)

@@ -45,7 +45,7 @@ def test_pictures_and_videos(suffix, processor, tmp_path):
     path = tmp_path / f"kept.{suffix}"
     video = tmp_path / "clip.mp4"
     save_mp4([Image.fromarray(frame).resize((48, 48)) for frame in clip(10)], video, fps=2)
-    images = visualize(make_model(), processor, str(video), ("scorer", "cosine"), columns=4 if suffix == "png" else 1)
+    images = visualize(make_model(), processor, str(video), ("scorer", "tome"), columns=4 if suffix == "png" else 1)
     if suffix == "png":
         save_png(images, path)
         assert len(images) == 3 and Image.open(path).height == sum(image.height for image in images)
