@@ -295,8 +295,8 @@ def block_members(owners: torch.Tensor) -> torch.Tensor:
 def match_blocks(features: torch.Tensor, num_left: torch.Tensor, num_rounds: int) -> torch.Tensor:
     """
     Bipartite soft matching (Bolya et al. 2023), frame by frame. Each round deals the blocks alive to sets A and B in
-    turn, finds for each of A the most similar of B, and merges the most similar pairs, at most all of A that B matches
-    in number. Ties go to the lower index.
+    turn, finds for each of A the most similar of B, and merges the most similar pairs, at most half of the blocks. Ties
+    go to the lower index.
 
     Args:
         features: float32 `(frames, P, C)`, the sum of each block's patches; a merged block's is that of its members,
@@ -349,10 +349,11 @@ def merge_tokens(
     with torch.autocast(blocks.device.type, enabled=False):  # likenesses rounded to bfloat16 are full of ties
         members = block_members(match_blocks(blocks.sum(2, dtype=torch.float32), num_left, num_rounds))
         sizes = members.float() @ (layout.blocks >= 0).float()
-    merged = (members.to(blocks.dtype) @ blocks.flatten(2)).view_as(blocks) / sizes.clamp_min(1)[..., None]
+        merged = (members.to(blocks.dtype) @ blocks.flatten(2)).view_as(blocks)
+    merged = merged / sizes.clamp_min(1)[..., None].to(blocks.dtype)
     bias = torch.where(sizes > 0, sizes.log(), MERGED_AWAY_BIAS)
     slots = patch_slots(layout)
-    patches, bias = (x.flatten(1, 2).index_select(1, slots) for x in (merged.to(hidden_states.dtype), bias))
+    patches, bias = (x.flatten(1, 2).index_select(1, slots) for x in (merged, bias))
     is_left = members.diagonal(dim1=1, dim2=2) & (shares < layout.tokens_per_frame)[:, None]
     return patches, bias, is_left
 
