@@ -1,9 +1,9 @@
 """STTS (Spatio-Temporal Token Scoring) inside Molmo2.
 
 The file reads in the order in which data flows: budget, features, scores, bias, selection or merging, packing,
-attention, the vision tower, compaction of the LLM's input, the model, loss and generation. Sections cited as
-"section n" are those of the paper. Symbols: `F` frames of all videos of a batch, `N` patches a frame, `P` pooled tokens
-a frame, `w` pooling window, `D` ViT width, `k` prune ratio.
+attention, the vision tower, compaction of the LLM's input, its attention, the model, loss and generation. Sections
+cited as "section n" are those of the paper. Symbols: `F` frames of all videos of a batch, `N` patches a frame, `P`
+pooled tokens a frame, `w` pooling window, `D` ViT width, `k` prune ratio.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -49,6 +50,9 @@ register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_m
 MIN_SCORE = 1e-6  # keeps log(score) finite
 RESCALED_MIN_SCORE = math.exp(-2)  # authors' code
 MERGED_AWAY_BIAS = -1000.0  # no attention weight is left in float32; finite in float16 even when divided by a scale
+# Shorter prompts get the dense mask: it is small, and where most tokens are vision, one pass over it is as fast as two
+# without (measured on a CPU).
+MIN_UNMASKED_LENGTH = 3072
 VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
 
@@ -683,6 +687,11 @@ class STTSMolmoVideoFeatures(BaseModelOutputWithPooling):
     aux_loss: torch.Tensor | None = None
 
 
+@dataclass
+class STTSMolmoPrunedTokens(BaseModelOutputWithPooling):
+    """The tokens of videos for a prompt that has lost its dropped placeholders already."""
+
+
 class STTSMolmoVisionModel(Molmo2VisionModel):
     """
     Modifications: after layer `prune_layer` tokens are scored (or merged), the scores (or the sizes) bias the attention
@@ -896,6 +905,175 @@ class CompactPrompt(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Attention of the LLM
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, tuple]:
+    """
+    Flash attention in which query `i` sees keys `0..i`.
+
+    Args:
+        query, key, value: `(1, heads, length, head_dim)`, `length` at least 1.
+
+    Returns:
+        Output, shaped as `query`; float32 log-sum-exp `(1, heads, length)`; what the backward wants besides.
+    """
+    if query.is_cuda:
+        output, logsumexp, *state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, True, scale=scaling
+        )
+        return output, logsumexp, tuple(state)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return *attend(query, key, value, 0.0, True, scale=scaling), ()
+
+
+def causal_attention_backward(
+    *tensors: torch.Tensor, state: tuple, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Gradients of query, key and value.
+
+    Args:
+        tensors: the output's gradient, query, key, value, output and log-sum-exp; the last two may be those of a
+            softmax over more keys.
+        state: from [`causal_attention`].
+    """
+    if state:
+        *sizes, seed, offset = state
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        return backward(*tensors, *sizes, 0.0, True, seed, offset, scale=scaling)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, True, scale=scaling)
+
+
+class VisionCausalAttention(torch.autograd.Function):
+    """
+    Causal attention in which vision tokens also see later vision tokens, without a `(length, length)` mask.
+
+    The keys of a vision token are those up to itself and the vision tokens behind it. The second part is causal too,
+    over the vision tokens in reverse. Two causal passes, merged by their log-sum-exp, are one softmax over both. In
+    the backward, each pass is given the merged output and log-sum-exp, and the gradients add up.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, vision, scaling):
+        """
+        Args:
+            query, key, value: `(1, heads, length, head_dim)`.
+            vision: int64 `(vision tokens,)`, their positions, last one first.
+        """
+        output, logsumexp, state = causal_attention(query, key, value, scaling)
+        # Without itself: query `i` of the reversed tokens sees keys `0..i-1`, so the first has nothing to see.
+        queries, keys, state_behind = vision[1:], vision[:-1], ()
+        if len(queries):
+            behind, logsumexp_behind, state_behind = causal_attention(
+                query.index_select(2, queries), key.index_select(2, keys), value.index_select(2, keys), scaling
+            )
+            before, logsumexp_before = output.index_select(2, queries), logsumexp.index_select(2, queries)
+            share = (logsumexp_behind - logsumexp_before).sigmoid()[..., None]
+            merged = torch.lerp(before.to(share.dtype), behind.to(share.dtype), share)
+            output.index_copy_(2, queries, merged.to(output.dtype))
+            logsumexp.index_copy_(2, queries, torch.logaddexp(logsumexp_before, logsumexp_behind))
+        ctx.save_for_backward(query, key, value, output, logsumexp, vision)
+        ctx.states, ctx.scaling = (state, state_behind), scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *saved, vision = ctx.saved_tensors
+        tensors, (state, state_behind) = [grad.contiguous(), *saved], ctx.states
+        grads = causal_attention_backward(*tensors, state=state, scaling=ctx.scaling)
+        queries, keys = vision[1:], vision[:-1]
+        if len(queries):
+            indices = (queries, queries, keys, keys, queries, queries)
+            tensors = [x.index_select(2, index) for x, index in zip(tensors, indices, strict=True)]
+            behind = causal_attention_backward(*tensors, state=state_behind, scaling=ctx.scaling)
+            for total, part, index in zip(grads, behind, (queries, keys, keys), strict=True):
+                total.index_add_(2, index, part)
+        return *grads, None, None
+
+
+class VisionCausalMask(torch.Tensor):
+    """
+    Stands for the mask of Molmo2's LLM without being built: `F.scaled_dot_product_attention` hands over to it, as to
+    `torch.nn.attention.bias.CausalBias`. It has four dimensions (and no element), because Transformers passes a 4D
+    mask on as it is. Padded positions come out as zeros.
+
+    Args:
+        rows: for each sequence its first position that is not padding, the end of these, and int64 `(vision tokens,)`,
+            the vision tokens' positions counted from the first, last one first.
+    """
+
+    @staticmethod
+    def __new__(cls, rows: Sequence[tuple[int, int, torch.Tensor]]):
+        mask = torch.empty(len(rows), 1, 1, 0, dtype=torch.bool, device=rows[0][2].device).as_subclass(cls)
+        mask.rows = rows
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return cls._attend(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, cls):  # moved to another device
+            result.rows = args[0].rows
+        return result
+
+    @staticmethod
+    def _attend(query, key, value, attn_mask, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if dropout_p:
+            raise NotImplementedError("VisionCausalMask has no dropout.")
+        device, length = query.device, query.shape[2]
+        if torch.is_autocast_enabled(device.type):  # it acts below what is called here
+            query, key, value = (x.to(torch.get_autocast_dtype(device.type)) for x in (query, key, value))
+        scaling = query.shape[-1] ** -0.5 if scale is None else scale
+        outputs = []
+        for row, (start, stop, vision) in enumerate(attn_mask.rows):
+            inputs = (x[row : row + 1, :, start:stop] for x in (query, key, value))
+            output = VisionCausalAttention.apply(*inputs, vision.to(device), scaling)
+            outputs.append(F.pad(output, (0, 0, start, length - stop)))
+        return torch.cat(outputs)
+
+
+def vision_causal_mask(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> VisionCausalMask:
+    """
+    The mask of a prompt that starts at position 0.
+
+    Args:
+        mm_token_type_ids: `(batch, length)`, 1 for vision tokens.
+        attention_mask: `(batch, length)`, zero for padding on either side; `None` for none.
+    """
+    length = mm_token_type_ids.shape[1]
+    is_vision = mm_token_type_ids == 1
+    attended = torch.ones_like(is_vision)
+    if attention_mask is not None:
+        attended = attention_mask.to(is_vision.device).bool()
+        is_vision = is_vision & attended
+    # One wait for the device.
+    starts, lengths, counts = torch.stack(
+        [attended.to(torch.int8).argmax(1), attended.sum(1), is_vision.sum(1)]
+    ).tolist()
+    positions = (mask_to_indices(is_vision, sum(counts)) % length).split(counts)
+    return VisionCausalMask(
+        # Kernels want a position, also of a row that is all padding.
+        [(a, a + max(n, 1), p.flip(0) - a) for a, n, p in zip(starts, lengths, positions, strict=True)]
+    )
+
+
+def has_flash_kernel(states: torch.Tensor, head_dim: int) -> bool:
+    """Whether [`causal_attention`] runs where `states` are and in their dtype."""
+    if states.device.type != "cuda":
+        return states.device.type == "cpu"
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+    heads = states.new_empty(1, 1, 1, head_dim, dtype=dtype)
+    parameters = torch.backends.cuda.SDPAParams(heads, heads, heads, None, 0.0, True, False)
+    return head_dim % 8 == 0 and torch.backends.cuda.can_use_flash_attention(parameters)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Model
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1073,6 +1251,8 @@ class STTSMolmoModel(Molmo2Model):
             compaction = self._plan_compaction(input_ids, inputs_embeds, attention_mask, video)
         if compaction is not None:
             inputs = self.compact_inputs(inputs, compaction)
+        if compaction is not None or isinstance(video, STTSMolmoPrunedTokens):
+            inputs["attention_mask"] = self._prefill_mask(inputs, past_key_values)
 
         outputs = super().forward(
             **inputs,
@@ -1098,6 +1278,34 @@ class STTSMolmoModel(Molmo2Model):
             keep_mask=keep_mask,
             input_keep_mask=None if compaction is None else compaction.input_keep_mask,
         )
+
+    def _prefill_mask(
+        self, inputs: dict[str, torch.Tensor | None], past_key_values: Cache | None
+    ) -> torch.Tensor | None:
+        """
+        The mask of a pruned prompt: a [`VisionCausalMask`] for a long one under `sdpa`, else the given mask, of which
+        Transformers builds a `(length, length)` one. So it does where that holds more than padding, causality and
+        vision (a cache with states or empty slots, packed samples) and for dropout.
+        """
+        attention_mask, token_types = inputs["attention_mask"], inputs["mm_token_type_ids"]
+        config, language_model = self.config.text_config, self.language_model
+        shape = (inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]).shape[:2]
+        if past_key_values is None:
+            is_plain = attention_mask is not None or inputs["position_ids"] is None
+        else:
+            is_plain = not (past_key_values.is_compileable or past_key_values.get_seq_length())
+        if (
+            config._attn_implementation == "sdpa"
+            and shape[1] >= MIN_UNMASKED_LENGTH
+            and token_types is not None
+            and token_types.shape == shape
+            and (attention_mask is None or attention_mask.shape == shape)
+            and is_plain
+            and not (language_model.training and config.attention_dropout)
+            and has_flash_kernel(language_model.embed_tokens.weight, config.head_dim)
+        ):
+            return vision_causal_mask(token_types, attention_mask)
+        return attention_mask
 
     def _check_attention(self, mm_token_type_ids: torch.Tensor | None):
         if is_flash_attention_requested(self.config.text_config) and mm_token_type_ids is not None:
@@ -1379,12 +1587,11 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         prompt = cached_prompt
         if has_video:
             video = self.model.get_video_features(**video_inputs, prune_ratio=prune_ratio, method=method)
-            # A copy: `generate` repeats its `pooler_output` in place for beams.
-            kwargs["mm_encoder_outputs"] = {
-                "video": BaseModelOutputWithPooling(pooler_output=tuple(video.pooler_output))
-            }
             attention_mask = kwargs.get("attention_mask")
             compaction = self.model._plan_compaction(input_ids, None, attention_mask, video, padding_side="left")
+            # A copy: `generate` repeats its `pooler_output` in place for beams.
+            tokens = BaseModelOutputWithPooling if compaction is None else STTSMolmoPrunedTokens
+            kwargs["mm_encoder_outputs"] = {"video": tokens(pooler_output=tuple(video.pooler_output))}
             if compaction is not None:
                 aligned = ("attention_mask", "position_ids", "mm_token_type_ids")
                 compact = self.model.compact_inputs(

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from conftest import make_inputs, make_model, make_native, video_tensors
+from stts_molmo import modeling_stts_molmo
+from stts_molmo.modeling_stts_molmo import vision_causal_mask
+from test_llm_attention import CASES, outputs_and_gradients, torch_dense_mask
 from test_scoring import layout_of
 
 pytestmark = [
@@ -56,3 +59,32 @@ def test_training_in_bfloat16_moves_the_scorer():
     model(**inputs).loss.backward()
     gradient = model.model.vision_tower.token_scorer.fc3.weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_without_a_mask_is_that_of_the_dense_mask(case):
+    expected = outputs_and_gradients(case, torch_dense_mask)
+    outputs = outputs_and_gradients(case, vision_causal_mask, torch.bfloat16, "cuda")
+    for ours, dense in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, dense, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
+def test_half_precision_takes_the_path_without_a_mask(dtype, autocast, monkeypatch):
+    calls = []
+    monkeypatch.setattr(modeling_stts_molmo, "MIN_UNMASKED_LENGTH", 0)
+    monkeypatch.setattr(
+        modeling_stts_molmo, "vision_causal_mask", lambda *args: calls.append(args) or vision_causal_mask(*args)
+    )
+    model, inputs = make_model(method="random").cuda().to(dtype), on_gpu(make_inputs([4, 6]), dtype)
+    expected = make_model(method="random")(**make_inputs([4, 6]))
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        outputs = model(**inputs)
+    assert len(calls) == 1
+    torch.testing.assert_close(outputs.logits.float().cpu(), expected.logits, atol=0.1, rtol=0.1)
+
+
+def test_float32_takes_the_dense_mask(monkeypatch):
+    monkeypatch.setattr(modeling_stts_molmo, "MIN_UNMASKED_LENGTH", 0)
+    monkeypatch.setattr(modeling_stts_molmo, "vision_causal_mask", None)
+    make_model().cuda()(**on_gpu(make_inputs([4, 6])))
