@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import torch
 import transformers
 from operation_count import Shape, forward_operations, grid_sizes
@@ -41,7 +43,6 @@ from transformers.models.molmo2.video_processing_molmo2 import arange_for_poolin
 from transformers.utils.logging import disable_progress_bar
 
 SEED = 0
-CLIP = Path(__file__).parents[1] / "examples" / "clips" / "busy.mp4"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -83,6 +84,8 @@ class Preset:
     new_tokens: int
     growth: tuple[Shape, ...]
     growth_ratios: tuple[float, ...]
+    parity_rounds: int
+    clip_seconds: tuple[int, ...]
 
 
 def scaled_shape(frames: int, videos: int = 1) -> Shape:
@@ -147,6 +150,8 @@ PRESETS = {
         new_tokens=16,
         growth=tuple(Shape(1, frames, 64, 10 * frames) for frames in (16, 32, 64, 128, 256, 512)),
         growth_ratios=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
+        parity_rounds=5,
+        clip_seconds=(20, 120),
     ),
     "cpu": Preset(
         config=narrow_config(
@@ -160,10 +165,12 @@ PRESETS = {
         prefill=(scaled_shape(64),),
         training=(scaled_shape(16),),
         request=scaled_shape(8),
-        batch_sizes=(1, 4),
+        batch_sizes=(1, 4, 8, 16, 32),
         new_tokens=8,
-        growth=tuple(scaled_shape(frames) for frames in (8, 16, 32)),
+        growth=tuple(scaled_shape(frames) for frames in (16, 32, 64, 128)),
         growth_ratios=(0.0, 0.3, 0.5, 0.7, 0.9),
+        parity_rounds=15,
+        clip_seconds=(20, 120),
     ),
     "dry-run": Preset(
         config=narrow_config(
@@ -181,6 +188,8 @@ PRESETS = {
         new_tokens=3,
         growth=(scaled_shape(4), scaled_shape(8)),
         growth_ratios=(0.0, 0.5),
+        parity_rounds=1,
+        clip_seconds=(2,),
     ),
 }
 
@@ -584,21 +593,63 @@ def measure_stages(bench: Bench) -> list[dict]:
     return records
 
 
+def measure_parity(bench: Bench) -> list[dict]:
+    """k = 0 beside the native model, in enough rounds to tell whether it is slower."""
+    bench = bench._replace(preset=dataclasses.replace(bench.preset, rounds=bench.preset.parity_rounds))
+    records, rows, shape = [], (NATIVE, UNPRUNED), bench.preset.training[0]
+    records += bench.measure("parity vit forward", shape, rows, encode_step, stages=VIT_STAGES)
+    records += bench.measure("parity prefill", shape, rows, prefill_step)
+    bench.models.train(True)
+    step = partial(training_step, num_labels=shape.text)
+    records += bench.measure("parity training", shape, rows, step, passes=3, num_read=shape.text)
+    bench.models.train(False)
+    return records
+
+
+def write_long_clip(path: Path, seconds: int):
+    """A moving pattern at 640 x 360 and 30 frames a second, with a key frame every two seconds."""
+    rows, columns = torch.meshgrid(torch.arange(360), torch.arange(640), indexing="ij")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30, options={"g": "60"})
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for tick in range(30 * seconds):
+            channels = [rows + 2 * tick, columns + tick, (rows + columns) // 2 - tick]
+            frame = (torch.stack(channels, dim=-1) % 256).to(torch.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def decode_all(path: str) -> int:
+    """Decodes every frame to RGB, as a reader without seeking does; how many there were."""
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        return sum(frame.to_ndarray(format="rgb24").shape[0] > 0 for frame in container.decode(video=0))
+
+
 def measure_clip(bench: Bench) -> list[dict]:
-    """Decoding and preprocessing of a file on the CPU, at Molmo2's frame size."""
+    """Decoding of files of several lengths and preprocessing of what was sampled, at Molmo2's frame size."""
     processor = STTSMolmoVideoProcessor(do_rescale=True, do_normalize=True)
-    seconds = {"decode": [], "preprocess": []}
-    for index in range(bench.preset.rounds + 1):
-        start = time.process_time()
-        frames, metadata = processor.fetch_videos(str(CLIP), sample_indices_fn=processor.sample_frames)
-        decoded = time.process_time()
-        processor(videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
-        end = time.process_time()
-        if index:  # the first one warms up
-            seconds["decode"].append(decoded - start)
-            seconds["preprocess"].append(end - decoded)
-    size = {"frames": len(frames), "file_frames": metadata.total_num_frames, "file_size": list(frames.shape[-2:])}
-    return [{"section": "clip", **size, "stage": name, "seconds": summary(times)} for name, times in seconds.items()]
+    records = []
+    for length in bench.preset.clip_seconds:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip.mp4"
+            write_long_clip(path, length)
+            seconds = {"decode sampled frames": [], "decode every frame": [], "preprocess": []}
+            for index in range(bench.preset.rounds + 1):
+                marks = [time.process_time()]
+                frames, metadata = processor.fetch_videos(str(path), sample_indices_fn=processor.sample_frames)
+                marks.append(time.process_time())
+                decode_all(str(path))
+                marks.append(time.process_time())
+                processor(videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
+                marks.append(time.process_time())
+                for stage, begin, end in zip(seconds, marks, marks[1:], strict=False):
+                    seconds[stage] += [end - begin] if index else []  # the first one warms up
+        size = {"frames": len(frames), "file_frames": metadata.total_num_frames, "file_size": list(frames.shape[-2:])}
+        records += [
+            {"section": "clip", **size, "stage": stage, "seconds": summary(times)} for stage, times in seconds.items()
+        ]
+    return records
 
 
 def peak_resident_bytes() -> int:
@@ -654,6 +705,7 @@ SECTIONS = {
     "growth": measure_growth,
     "stages": measure_stages,
     "clip": measure_clip,
+    "parity": measure_parity,
     "memory": measure_memory,
 }
 
