@@ -1,7 +1,7 @@
 .PHONY: demo test lint
 
 CLIP ?= examples/clips/quiet.mp4
-QUESTION ?= What color is the square?
+QUESTION ?= What color is the still shape?
 
 demo: .venv/.core
 	.venv/bin/stts-molmo ask "$(CLIP)" "$(QUESTION)"

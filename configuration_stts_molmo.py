@@ -56,8 +56,9 @@ class STTSConfig(PreTrainedConfig):
         refill_lone_frames (`bool`, defaults to `False`): give a frame that sits alone in its first-fit-descending
             bin all its patches back as attention context, as the authors' code does. The tokens the LLM sees are
             the same.
-        aux_target (`str`, defaults to `"patches"`): what the auxiliary loss compares between neighbouring frames,
-            the concatenated patches of a block (authors' code) or its `"pooled"` feature (section 3.4).
+        aux_target (`str`, defaults to `"pooled"`): what the auxiliary loss compares between neighbouring frames, a
+            block's pooled feature (section 3.4) or its concatenated `"patches"` (authors' code). Pooled lost less
+            in our study (benchmarks/results/quality_tables.md).
         aux_loss_weight (`float`, defaults to 1.0): weight of the auxiliary loss; 0 is the paper's "no aux" row.
         scorer_hidden_size (`int`, *optional*): width of the scorer's two hidden layers; the ViT's
             `intermediate_size` when not given.
@@ -77,7 +78,7 @@ class STTSConfig(PreTrainedConfig):
     method: str = "scorer"
     score_bias: str = "log"
     refill_lone_frames: bool = False
-    aux_target: str = "patches"
+    aux_target: str = "pooled"
     aux_loss_weight: float | int = 1.0
     scorer_hidden_size: int | None = None
     scorer_hidden_act: str = "silu"

@@ -151,15 +151,15 @@ def num_sampled(video_processor, total_num_frames, source_fps, **kwargs) -> int:
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [
-        ({}, 16),  # 10 s at 2 fps would be 21
+        ({}, 8),  # 10 s at 2 fps would be 21
         ({"num_frames": 64}, 21),
         ({"num_frames": 8}, 8),
         ({"num_frames": 64, "max_fps": 1}, 11),
         ({"fps": 1}, 11),
         ({"fps": 10}, 101),
         ({"fps": 1, "num_frames": None}, 11),
-        ({"test_time_scaling": True, "prune_ratio": 0.2}, 20),
-        ({"test_time_scaling": True, "prune_ratio": 0.5}, 21),
+        ({"test_time_scaling": True, "prune_ratio": 0.2}, 10),
+        ({"test_time_scaling": True, "prune_ratio": 0.5}, 16),
         ({"test_time_scaling": True, "prune_ratio": 0.5, "num_frames": 8}, 16),
         ({"do_sample_frames": False}, 101),
     ],
@@ -236,7 +236,7 @@ def test_a_file_gives_the_pixels_of_its_frames(processor, clip):
     chosen = [0, 5, 10, 15, 20, 25, 30, 35, 39]
     native = Molmo2VideoProcessor.from_pretrained(TINY)
     expected = native([decoded[chosen]], do_sample_frames=False, return_tensors="pt")
-    assert_equal(processor.video_processor(clip, return_tensors="pt"), expected)
+    assert_equal(processor.video_processor(clip, num_frames=16, return_tensors="pt"), expected)
 
 
 # Kinds of input
@@ -298,7 +298,7 @@ def test_files_of_different_lengths_in_a_batch(processor, clip, tmp_path):
     short = str(write_video(tmp_path / "short.webm", num_frames=20, codec="libvpx", options={"deadline": "realtime"}))
     both = apply_chat(processor, [chat(clip), chat(short)], padding=True)
     singles = [apply_chat(processor, chat(video)) for video in (clip, short)]
-    assert both["video_grids"].tolist() == [[9, 3, 3], [3, 3, 3]]
+    assert both["video_grids"].tolist() == [[8, 3, 3], [3, 3, 3]]
     pixels = torch.cat([single["pixel_values_videos"] for single in singles])
     assert torch.equal(both["pixel_values_videos"], pixels)
     for row, mask, single in zip(both["input_ids"], both["attention_mask"], singles, strict=True):
@@ -458,9 +458,9 @@ def test_ratio_comes_from_the_checkpoints_config(checkpoint, kind):
     video_processor = load(kind, checkpoint)
     assert type(video_processor).__name__ == "STTSMolmoVideoProcessor"
     assert video_processor.prune_ratio == 0.3
-    assert num_sampled(video_processor, 400, 10.0, test_time_scaling=True) == 23  # ceil(16 / 0.7)
-    assert num_sampled(video_processor, 400, 10.0, test_time_scaling=True, prune_ratio=0.5) == 32
-    assert num_sampled(video_processor, 400, 10.0) == 16
+    assert num_sampled(video_processor, 400, 10.0, test_time_scaling=True) == 12  # ceil(8 / 0.7)
+    assert num_sampled(video_processor, 400, 10.0, test_time_scaling=True, prune_ratio=0.5) == 16
+    assert num_sampled(video_processor, 400, 10.0) == 8
 
 
 def test_ratio_follows_config_json_and_is_saved_nowhere_else(checkpoint, tmp_path):
@@ -473,7 +473,7 @@ def test_ratio_follows_config_json_and_is_saved_nowhere_else(checkpoint, tmp_pat
     second = AutoProcessor.from_pretrained(again, trust_remote_code=True)
     assert second.video_processor.prune_ratio == 0.5
     assert second.video_processor.test_time_scaling is True
-    assert num_sampled(second.video_processor, 400, 10.0) == 32
+    assert num_sampled(second.video_processor, 400, 10.0) == 16
 
 
 @pytest.mark.parametrize("config", [None, {"model_type": "molmo2"}])
@@ -486,7 +486,7 @@ def test_scaling_without_a_ratio(checkpoint, config):
         num_sampled(video_processor, 400, 10.0, test_time_scaling=True)
     with pytest.raises(ValueError, match="prune_ratio=1 must be"):
         num_sampled(video_processor, 400, 10.0, test_time_scaling=True, prune_ratio=1)
-    assert num_sampled(video_processor, 400, 10.0) == 16
+    assert num_sampled(video_processor, 400, 10.0) == 8
 
 
 def test_saved_files_name_their_classes(checkpoint):
@@ -512,4 +512,4 @@ def test_a_native_checkpoint_gets_our_video_processor(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
     processor = STTSMolmoProcessor.from_pretrained(tmp_path)
     assert type(processor.video_processor) is STTSMolmoVideoProcessor
-    assert processor.video_processor.num_frames == 16
+    assert processor.video_processor.num_frames == 8

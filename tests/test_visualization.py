@@ -15,6 +15,7 @@ def processor():
     processor = STTSMolmoProcessor.from_pretrained(TINY)
     processor.video_processor.size = {"height": 12, "width": 12}
     processor.video_processor.patch_size = 2
+    processor.video_processor.num_frames = 16
     return processor
 
 

@@ -18,17 +18,39 @@ import numpy as np
 import torch
 import transformers
 from batches import accuracy, hits_by_kind, make_batch
-from scenes import FIRST_SEED, make_scene, questions, render
+from scenes import FIRST_SEED, Question, make_scene, questions, render
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 
-def clip_batches(processor, seeds, level: int, beats: int, num_frames: int) -> Iterator[dict]:
-    """One batch a scene: all its questions about `num_frames` frames of it, or one a beat if these are fewer."""
-    for seed in seeds:
+def clip_batches(
+    processor,
+    clips: int,
+    beats: int,
+    num_frames: int,
+    split: str = "test",
+    level: int = 2,
+    with_video: bool = True,
+) -> Iterator[tuple[dict, list[list[Question]]]]:
+    """One batch a scene: each of its questions about `num_frames` frames of it, or one a beat if these are fewer."""
+    for seed in range(FIRST_SEED[split], FIRST_SEED[split] + clips):
         scene = make_scene(seed, level, beats)
         times = np.linspace(0, (beats - 1) * scene.beat, min(beats, num_frames))
-        yield make_batch(processor, [render(scene, times)], [questions(scene)], times)
+        chats = [[item] for item in questions(scene)]
+        yield make_batch(processor, [render(scene, times)] if with_video else [], chats, times), chats
+
+
+def provenance() -> dict:
+    """When, where and with what a result was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread a process",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 if __name__ == "__main__":
@@ -39,33 +61,26 @@ if __name__ == "__main__":
     parser.add_argument("--split", choices=FIRST_SEED, default="test")
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--level", type=int, default=2)
-    parser.add_argument("--beats", type=int, default=16)
-    parser.add_argument("--num-frames", type=int, default=16)
+    parser.add_argument("--beats", type=int, default=8)
+    parser.add_argument("--num-frames", type=int, default=8)
     parser.add_argument("--output", type=Path, help="JSON file; standard output when not given")
     args = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    batches = clip_batches(processor, args.clips, args.beats, args.num_frames, args.split, args.level)
     pruning = {"prune_ratio": args.prune_ratio, "method": args.method}
-    first = FIRST_SEED[args.split]
-    batches = clip_batches(processor, range(first, first + args.clips), args.level, args.beats, args.num_frames)
     pruning = {name: value for name, value in pruning.items() if value is not None}
     hits = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **pruning)
     settings = {name: value for name, value in vars(args).items() if name not in ("checkpoint", "output")}
     result = {
         "checkpoint": Path(args.checkpoint).name,
         **settings,
-        "first_seed": first,
+        "first_seed": FIRST_SEED[args.split],
         "questions": sum(map(len, hits.values())),
         "accuracy": accuracy(hits),
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        **provenance(),
     }
     text = json.dumps(result, indent=2) + "\n"
     if args.output:

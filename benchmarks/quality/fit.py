@@ -22,11 +22,10 @@ def fit(
     processor,
     optimizers: list[torch.optim.Optimizer],
     batch_at: Callable[[int], dict],
-    loss_of: Callable[[torch.nn.Module, dict], torch.Tensor],
-    held_out: list[dict],
+    held_out: list[tuple[dict, list]],
     output: Path,
     steps: int,
-    warmup: int = 100,
+    warmup: int = 50,
     log_every: int = 50,
     eval_every: int = 250,
 ) -> float:
@@ -49,7 +48,7 @@ def fit(
     began = time.monotonic()
     for step in range(start, steps):
         model.train()
-        loss = loss_of(model, batch_at(step))
+        loss = model(**batch_at(step)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rates in zip(optimizers, peaks, strict=True):

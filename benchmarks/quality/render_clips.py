@@ -1,29 +1,32 @@
-"""Renders the bundled example clips and their questions.
+"""Renders the bundled example clips and lists their questions, ready to fine-tune on.
 
-python benchmarks/quality/render_clips.py examples/clips
+python benchmarks/quality/render_clips.py examples      # writes examples/clips/*.mp4 and examples/finetune.jsonl
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-from scenes import FIRST_SEED, enlarge, make_scene, questions, render, write_mp4
+from scenes import FIRST_SEED, Scene, make_scene, questions, write_clip
 
-CLIPS = {"quiet.mp4": (FIRST_SEED["demo"], 1, 8), "busy.mp4": (FIRST_SEED["demo"] + 1, 2, 16)}
-FPS, ENLARGEMENT = 10, 6
+CLIPS = {
+    "quiet.mp4": make_scene(FIRST_SEED["demo"], level=1, beats=8),
+    "busy.mp4": make_scene(FIRST_SEED["demo"] + 1, level=2, beats=16),
+}
+
+
+def question_rows(video: str, scene: Scene) -> list[dict[str, str]]:
+    """What `examples/finetune.py` reads: a row a question."""
+    return [{"video": video, "question": item.question, "answer": item.answer} for item in questions(scene)]
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for name, (seed, level, beats) in CLIPS.items():
-        scene = make_scene(seed, level, beats)
-        # The last frame starts on the last beat.
-        times = np.arange((beats - 1) * scene.beat * FPS + 1) / FPS
-        write_mp4(str(folder / name), enlarge(render(scene, times), ENLARGEMENT), FPS)
-        asked = [vars(item) for item in questions(scene)]
-        entries.append({"file": name, "seed": seed, "level": level, "beats": beats, "questions": asked})
-    (folder / "questions.json").write_text(json.dumps(entries, indent=2) + "\n")
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, scene in CLIPS.items():
+        write_clip(str(folder / "clips" / name), scene)
+        rows += question_rows(f"clips/{name}", scene)
+    (folder / "finetune.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

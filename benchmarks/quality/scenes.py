@@ -1,8 +1,10 @@
 """Synthetic clips with questions: little scenes on a 3x3 board, one pooled block (12 px) per cell.
 
 A scene is a description in continuous time, so it can be drawn at any instants, as frames for training or as a video
-file. What matters stands still (a shape), changes once (a lamp) or is brief (stars that flash, a ball that hops across
-the board); what does not matter moves all the time (noise and drifting stripes in grey) or never (the background).
+file. What matters stands still (a shape), changes once (a lamp), changes little (a grey sign that appears) or is brief
+(stars that flash, a ball that hops across the board); what does not matter moves all the time (noise and drifting
+stripes in grey) or never (the background). Answers are drawn independently and no question gives one away, so all of
+a clip's questions can be asked in one conversation.
 """
 
 import math
@@ -31,34 +33,38 @@ LANES = {
     "down": ((0, 3, 6), (1, 4, 7), (2, 5, 8)),
     "up": ((6, 3, 0), (7, 4, 1), (8, 5, 2)),
 }
+MIN_BEATS = 4  # so that a ball has time for its way
+SIGN_CONTRAST = 45  # grey levels above the background
 FIRST_SEED = {"validation": 0, "test": 100_000, "demo": 500_000, "train": 1_000_000}
-KINDS = (
-    "still shape",
-    "still color",
-    "still place",
-    "lamp start color",
-    "lamp start place",
-    "lamp end color",
-    "lamp end place",
-    "ball color",
-    "ball direction",
-    "star count",
-    "star first",
-    "star last",
-    "star place",
-)
+QUESTIONS = {
+    "still shape": "Which shape stands still?",
+    "still color": "What color is the still shape?",
+    "still place": "Where is the still shape?",
+    "lamp start": "What color is the lamp at the start?",
+    "lamp end": "What color is the lamp at the end?",
+    "sign shape": "Which shape appears?",
+    "sign place": "Where does a shape appear?",
+    "ball color": "What color is the ball?",
+    "ball start": "Where is the ball at the start?",
+    "ball end": "Where is the ball at the end?",
+    "ball direction": "Which way does the ball move?",
+    "star count": "How many stars flash?",
+    "star first color": "What color is the first star?",
+    "star first place": "Where is the first star?",
+    "star last color": "What color is the last star?",
+}
 
 
 @dataclass(frozen=True)
 class Level:
-    """How hard a scene may get: stars and flickering cells at most, codec-like noise in grey levels."""
+    """How hard a scene is: least and most stars and flickering cells, codec-like noise in grey levels."""
 
-    stars: int
-    flicker: int
+    stars: tuple[int, int]
+    flicker: tuple[int, int]
     noise: float
 
 
-LEVELS = (Level(stars=1, flicker=0, noise=0.0), Level(stars=2, flicker=2, noise=2.0), Level(3, flicker=4, noise=4.0))
+LEVELS = (Level((1, 2), (0, 0), 0.0), Level((1, 3), (0, 3), 2.0), Level((1, 3), (2, 5), 4.0))
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,9 @@ class Scene:
     lamp_start: Thing
     lamp_end: Thing
     lamp_switch: float
+    sign: str
+    sign_cell: int
+    sign_start: float
     ball_color: str
     ball_direction: str
     ball_cells: tuple[int, int, int]
@@ -115,57 +124,87 @@ def make_scene(seed: int, level: int = 2, beats: int = 16, beat: float = 0.5) ->
     def start_of(beat_index: int) -> float:
         return (beat_index - rng.uniform(0.3, 0.7)) * beat
 
+    def any_color() -> str:
+        return str(rng.choice(list(COLORS)))
+
     direction = str(rng.choice(list(LANES)))
     lane = LANES[direction][rng.integers(BOARD)]
     free = [int(cell) for cell in rng.permutation(BOARD * BOARD) if cell not in lane]
-    still_cell, lamp_cell, lamp_end_cell, *star_cells = free
-    colors = [str(color) for color in rng.permutation(list(COLORS))]
-    num_stars = int(rng.integers(1, limits.stars + 1))
+    still_cell, lamp_cell, sign_cell, *star_cells = free
+    num_stars = int(rng.integers(limits.stars[0], limits.stars[1] + 1))
     star_beats = sorted(rng.choice(np.arange(1, beats), size=num_stars, replace=False).tolist())
-    lamp_moves = bool(rng.integers(2))
-    moving_cells = rng.permutation([*lane, *star_cells])[: rng.integers(limits.flicker + 1)]
+    num_flicker = int(rng.integers(limits.flicker[0], limits.flicker[1] + 1))
     return Scene(
         seed=seed,
         duration=beats * beat,
         beat=beat,
         noise=limits.noise,
         shape=str(rng.choice(SHAPES)),
-        still=Thing(str(rng.choice(list(COLORS))), still_cell),
-        lamp_start=Thing(colors[4], lamp_cell),
-        lamp_end=Thing(colors[5], lamp_end_cell if lamp_moves else lamp_cell),
+        still=Thing(any_color(), still_cell),
+        lamp_start=Thing(any_color(), lamp_cell),
+        lamp_end=Thing(any_color(), lamp_cell),
         lamp_switch=start_of(int(rng.integers(1, beats))),
-        ball_color=str(rng.choice(list(COLORS))),
+        sign=str(rng.choice(SHAPES)),
+        sign_cell=sign_cell,
+        sign_start=start_of(int(rng.integers(1, beats))),
+        ball_color=any_color(),
         ball_direction=direction,
         ball_cells=lane,
         ball_start=start_of(int(rng.integers(1, beats - 2))),
         stars=tuple(
-            Star(color, cell, start_of(index))
-            for color, cell, index in zip(colors, star_cells, star_beats, strict=False)
+            Star(any_color(), cell, start_of(index)) for cell, index in zip(star_cells, star_beats, strict=False)
         ),
-        flicker={int(cell): str(rng.choice(["noise", "stripes"])) for cell in moving_cells},
+        flicker={
+            int(cell): str(rng.choice(["noise", "stripes"]))
+            for cell in rng.permutation([*lane, *star_cells])[:num_flicker]
+        },
     )
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Every question of a scene, in the order of `KINDS`; "first" and "last" need two stars or more."""
-    star = scene.stars[scene.seed % len(scene.stars)]
-    several = len(scene.stars) > 1
-    asked = [
-        ("still shape", "Which shape stands still?", scene.shape),
-        ("still color", f"What color is the {scene.shape}?", scene.still.color),
-        ("still place", f"Where is the {scene.shape}?", PLACES[scene.still.cell]),
-        ("lamp start color", "What color is the lamp at the start?", scene.lamp_start.color),
-        ("lamp start place", "Where is the lamp at the start?", PLACES[scene.lamp_start.cell]),
-        ("lamp end color", "What color is the lamp at the end?", scene.lamp_end.color),
-        ("lamp end place", "Where is the lamp at the end?", PLACES[scene.lamp_end.cell]),
-        ("ball color", "What color is the ball?", scene.ball_color),
-        ("ball direction", "Which way does the ball move?", scene.ball_direction),
-        ("star count", "How many stars flash?", COUNTS[len(scene.stars) - 1]),
-        ("star first", "What color is the first star?", scene.stars[0].color if several else None),
-        ("star last", "What color is the last star?", scene.stars[-1].color if several else None),
-        ("star place", f"Where is the {star.color} star?", PLACES[star.cell]),
+    """Every question of a scene, in the order of `QUESTIONS`."""
+    answers = {
+        "still shape": scene.shape,
+        "still color": scene.still.color,
+        "still place": PLACES[scene.still.cell],
+        "lamp start": scene.lamp_start.color,
+        "lamp end": scene.lamp_end.color,
+        "sign shape": scene.sign,
+        "sign place": PLACES[scene.sign_cell],
+        "ball color": scene.ball_color,
+        "ball start": PLACES[scene.ball_cells[0]],
+        "ball end": PLACES[scene.ball_cells[-1]],
+        "ball direction": scene.ball_direction,
+        "star count": COUNTS[len(scene.stars) - 1],
+        "star first color": scene.stars[0].color,
+        "star first place": PLACES[scene.stars[0].cell],
+        "star last color": scene.stars[-1].color,
+    }
+    return [Question(kind, question, answers[kind]) for kind, question in QUESTIONS.items()]
+
+
+def things_at(scene: Scene, time: float) -> list[tuple[Thing, str]]:
+    """What is seen at a time in seconds, each with its name; the sign is grey."""
+    things = [(scene.still, scene.shape)]
+    things += [(scene.lamp_start if time < scene.lamp_switch else scene.lamp_end, "lamp")]
+    if time >= scene.sign_start:
+        things += [(Thing("grey", scene.sign_cell), scene.sign)]
+    hop = math.floor((time - scene.ball_start) / scene.beat)
+    if 0 <= hop < len(scene.ball_cells):
+        things += [(Thing(scene.ball_color, scene.ball_cells[hop]), "ball")]
+    return things + [(star, "star") for star in scene.stars if star.start <= time < star.start + scene.beat]
+
+
+def captions(scene: Scene, time: float) -> list[Question]:
+    """What a frame shows, by place and by thing: what a model is shown to learn the words. `time` in seconds."""
+    things = things_at(scene, time)
+    cells = {thing.cell: f"{thing.color} {name}" for thing, name in things}
+    by_place = " ".join(f"{place} {cells.get(cell, 'nothing')}" for cell, place in enumerate(PLACES))
+    by_thing = " ".join(f"{name} {thing.color} {PLACES[thing.cell]}" for thing, name in things)
+    return [
+        Question("caption", f"What is where at {time:.1f} ?", by_place),
+        Question("caption", f"What is seen at {time:.1f} ?", by_thing),
     ]
-    return [Question(*entry) for entry in asked if entry[2] is not None]
 
 
 def _masks() -> dict[str, np.ndarray]:
@@ -234,6 +273,7 @@ def render(scene: Scene, times: np.ndarray) -> np.ndarray:
     before = times < scene.lamp_switch
     for seen, lamp in ((before, scene.lamp_start), (~before, scene.lamp_end)):
         _draw_when(frames, seen, "lamp", lamp, next(tints))
+    _cell_view(frames, scene.sign_cell)[(times >= scene.sign_start)[:, None, None] & MASKS[scene.sign]] += SIGN_CONTRAST
     hop = np.floor((times - scene.ball_start) / scene.beat)
     ball_tint = next(tints)
     for step, cell in enumerate(scene.ball_cells):
@@ -270,3 +310,10 @@ def write_mp4(path: str, frames: np.ndarray, fps: int) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_clip(path: str, scene: Scene, fps: int = 10, enlargement: int = 6) -> None:
+    """The whole scene as a video file whose last frame starts on the last beat."""
+    num_beats = round(scene.duration / scene.beat)
+    times = np.arange((num_beats - 1) * scene.beat * fps + 1) / fps
+    write_mp4(path, enlarge(render(scene, times), enlargement), fps)

@@ -7,6 +7,7 @@ import argparse
 import math
 
 import torch
+from scenes import COLORS, COUNTS, LANES, PLACES, QUESTIONS, SHAPES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -33,13 +34,7 @@ MULTIMODAL_TOKENS = (
     "<|video|>",
 )
 FRAME_SIZE, PATCH_SIZE, POOLING_SIZE = 36, 4, 3
-NUM_FRAMES, MAX_FPS = 16, 2
-
-COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
-SHAPES = ("square", "triangle", "cross", "ring")
-DIRECTIONS = ("left", "right", "up", "down")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-COUNTS = ("one", "two", "three")
+NUM_FRAMES, MAX_FPS = 8, 2
 
 # One turn: content parts may be a plain string; `{% generation %}` marks what the loss may see.
 CHAT_TEMPLATE = (
@@ -80,18 +75,28 @@ ENGLISH = (
 
 def corpus() -> list[str]:
     """Sentences the tokenizer is trained on: the study's questions and answers, some English, frame times."""
-    questions = [
-        *(f"What color is the {noun}?" for noun in (*SHAPES, "ball", "first star", "last star")),
-        *(f"Where is the {noun}?" for noun in (*SHAPES, *(f"{color} star" for color in COLORS))),
-        *(f"{ask} is the lamp at the {when}?" for ask in ("What color", "Where") for when in ("start", "end")),
-        "Which shape stands still?",
-        "Which way does the ball move?",
-        "How many stars flash?",
-    ]
-    answers = (*COLORS, *SHAPES, *DIRECTIONS, *PLACES, *COUNTS)
+    names = (*SHAPES, "lamp", "ball", "star")
+    things = [f"{name} {color} {name} top" for color in (*COLORS, "grey", "nothing") for name in names]
+    answers = (*COLORS, *SHAPES, *LANES, *PLACES, *COUNTS)
     roles = ["user\n", "assistant\n", "system\n"]
     times = [f" {tick / 2:.1f} " for tick in range(40)]
-    return (questions + [*answers, *(f"a {answer}" for answer in answers)] + roles) * 20 + times + list(ENGLISH)
+    return (
+        (
+            [
+                *QUESTIONS.values(),
+                "What is where at",
+                "What is seen at",
+                *things,
+                *(f"a {place}" for place in PLACES),
+                *answers,
+                *(f"a {answer}" for answer in answers),
+            ]
+            + roles
+        )
+        * 20
+        + times
+        + list(ENGLISH)
+    )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -121,7 +126,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Molmo2Processor:
-    """36 px frames of 9x9 patches, 3x3 pooled tokens a frame, at most 16 frames of 2 a second."""
+    """36 px frames of 9x9 patches, 3x3 pooled tokens a frame, at most 8 frames of 2 a second."""
     size = {"height": FRAME_SIZE, "width": FRAME_SIZE}
     image_processor = Molmo2ImageProcessor(
         size=size, patch_size=PATCH_SIZE, pooling_size=[2, 2], overlap_margins=[1, 1], max_crops=4
@@ -139,13 +144,13 @@ def build_processor() -> Molmo2Processor:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Molmo2Config:
-    """Geometry: ViT 6 layers of 48, adapter on layers 5 and 3, language model 3 layers of 64."""
+    """Geometry: ViT 7 layers of 48, adapter on layers 6 and 5, language model 3 layers of 96."""
     ids = dict(zip(MULTIMODAL_TOKENS, tokenizer.convert_tokens_to_ids(list(MULTIMODAL_TOKENS)), strict=True))
     return Molmo2Config(
         vision_config={
             "hidden_size": 48,
             "intermediate_size": 96,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 7,
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
             "head_dim": 16,
@@ -153,25 +158,25 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Molmo2Config:
             "patch_size": PATCH_SIZE,
         },
         adapter_config={
-            "vision_feature_layer": [5, 3],
+            "vision_feature_layer": [6, 5],
             "hidden_size": 48,
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
             "head_dim": 16,
             "intermediate_size": 128,
-            "text_hidden_size": 64,
+            "text_hidden_size": 96,
         },
         text_config={
-            "hidden_size": 64,
+            "hidden_size": 96,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 16,
+            "head_dim": 24,
             "vocab_size": VOCAB_SIZE,
             "additional_vocab_size": len(MULTIMODAL_TOKENS),
             "num_hidden_layers": 3,
-            "intermediate_size": 192,
+            "intermediate_size": 288,
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
         },
         image_start_token_id=ids["<im_start>"],
         low_res_image_start_token_id=ids["<low_res_im_start>"],

@@ -1,0 +1,70 @@
+"""What the pruners keep: the share of blocks that survive, by what a block shows.
+
+    python benchmarks/quality/kept.py checkpoints/stts-molmo-tiny --output benchmarks/results/quality_kept.json
+
+First frames, which lose nothing, are not counted. "new" blocks show something that was not there a frame earlier.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from batches import VIDEO_INPUTS, make_batch
+from evaluate import provenance
+from scenes import FIRST_SEED, Scene, make_scene, questions, render, things_at
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
+
+METHODS = ("scorer", "cosine", "random")
+
+
+def blocks_shown(scene: Scene, times: np.ndarray) -> list[list[str]]:
+    """What each cell of each frame shows."""
+    frames, before = [], {}
+    for time in times:
+        things = {thing.cell: (thing, name) for thing, name in things_at(scene, time)}
+        shown = []
+        for cell in range(9):
+            name = "flicker" if cell in scene.flicker else "background"
+            if cell in things:
+                thing, name = things[cell]
+                name = "sign" if thing.color == "grey" else name if name in ("lamp", "ball", "star") else "still shape"
+                name = f"{name}, new" if before.get(cell) != things[cell] else f"{name}, as before"
+            shown.append(name)
+        frames.append(shown)
+        before = things
+    return frames
+
+
+@torch.no_grad()
+def kept_shares(model, processor, clips: int, num_frames: int, method: str) -> dict[str, dict[str, float]]:
+    """Share kept and number of blocks by what they show, at the checkpoint's own ratio."""
+    kept = defaultdict(list)
+    for seed in range(FIRST_SEED["test"], FIRST_SEED["test"] + clips):
+        scene = make_scene(seed, beats=num_frames)
+        times = np.arange(num_frames) * scene.beat
+        batch = make_batch(processor, [render(scene, times)], [questions(scene)[:1]], times)
+        keep_mask = model.model.get_video_features(*(batch[name] for name in VIDEO_INPUTS), method=method).keep_mask
+        for names, flags in list(zip(blocks_shown(scene, times), keep_mask.tolist(), strict=True))[1:]:
+            for name, flag in zip(names, flags, strict=True):
+                kept[name].append(flag)
+    return {name: {"kept": round(float(np.mean(kept[name])), 4), "blocks": len(kept[name])} for name in sorted(kept)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--clips", type=int, default=128)
+    parser.add_argument("--num-frames", type=int, default=8)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    shares = {method: kept_shares(model, processor, args.clips, args.num_frames, method) for method in METHODS}
+    settings = {"checkpoint": Path(args.checkpoint).name, "clips": args.clips, "num_frames": args.num_frames}
+    args.output.write_text(json.dumps({**provenance(), **settings, "shares": shares}, indent=2) + "\n")

@@ -1,0 +1,129 @@
+"""The quality study: fine-tunes every row of the paper's ablations from one baseline and evaluates it.
+
+    python benchmarks/quality/study.py runs/baseline/best --runs runs/rows \\
+        --output benchmarks/results/quality_study.json
+
+A row is a checkpoint converted by `convert_checkpoint` and trained with the model's own loss in the parameter groups
+of the paper, all rates `--rate-scale` times the paper's, on clips the baseline has not seen. Rows that are done are not
+done again, so several processes can share the work, each with some of the `--rows`; OUTPUT gets all that are done.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+from batches import held_out_batches, hits_by_kind, sample_batch
+from evaluate import clip_batches, provenance
+from fit import fit
+from scenes import FIRST_SEED
+from stts_molmo.configuration_stts_molmo import STTSConfig
+from stts_molmo.conversion import convert_checkpoint
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.training import parameter_groups
+from transformers.utils.logging import disable_progress_bar
+
+NUM_FRAMES = 8  # of training, and of a short clip's beats
+LONG_BEATS = 16
+# Rows that are compared, trained with every seed; then those that are trained once.
+COMPARED = {
+    "unpruned": {"method": "none", "prune_ratio": 0.0},
+    "stts 50": {"prune_ratio": 0.5},
+    "cosine 50": {"method": "cosine", "prune_ratio": 0.5},
+    "random 50": {"method": "random", "prune_ratio": 0.5},
+    "stts 50 without aux": {"prune_ratio": 0.5, "aux_loss_weight": 0.0},
+    "tome 50": {"method": "tome", "prune_ratio": 0.5},
+    "stts 30": {"prune_ratio": 0.3},
+    "stts 40": {"prune_ratio": 0.4},
+}
+ONCE = {
+    "stts 50 log patches": {"prune_ratio": 0.5, "score_bias": "log", "aux_target": "patches"},
+    "stts 50 rescaled patches": {"prune_ratio": 0.5, "score_bias": "rescaled_log", "aux_target": "patches"},
+    "stts 50 rescaled pooled": {"prune_ratio": 0.5, "score_bias": "rescaled_log", "aux_target": "pooled"},
+    **{f"stts 50 layer {layer}": {"prune_ratio": 0.5, "prune_layer": layer} for layer in (0, 2, 3)},
+    **{f"stts {k}": {"prune_ratio": k / 100} for k in (60, 70, 80, 90)},
+    **{f"random {k}": {"method": "random", "prune_ratio": k / 100} for k in (60, 70, 80, 90)},
+}
+
+
+def scaled_frames(prune_ratio: float) -> int:
+    """Frames that cost as many tokens as `NUM_FRAMES` unpruned ones (section 5.3), in decimal arithmetic."""
+    return math.ceil(NUM_FRAMES / (1 - Decimal(str(prune_ratio))))
+
+
+def evaluate(model, processor, clips: int, row: str, prune_ratio: float) -> dict[str, dict[str, str]]:
+    """Right ("1") or wrong of every question by kind, by evaluation: short and long clips and what the row adds."""
+    short, long = (NUM_FRAMES, NUM_FRAMES), (LONG_BEATS, NUM_FRAMES)
+    evaluations = {"short": (*short, {}), "long": (*long, {})}
+    if row in ("stts 30", "stts 40", "stts 50"):
+        evaluations["long, more frames"] = (LONG_BEATS, scaled_frames(prune_ratio), {})
+    if row == "unpruned":
+        for method in ("cosine", "tome"):
+            evaluations |= {
+                f"{length}, {method} 50 untrained": (*shape, {"method": method, "prune_ratio": 0.5})
+                for length, shape in (("short", short), ("long", long))
+            }
+        evaluations |= {f"{length}, text only": (*shape, None) for length, shape in (("short", short), ("long", long))}
+    results = {}
+    for name, (beats, num_frames, pruning) in evaluations.items():
+        batches = clip_batches(processor, clips, beats, num_frames, with_video=pruning is not None)
+        hits = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **(pruning or {}))
+        results[name] = {kind: "".join(str(int(hit)) for hit in right) for kind, right in hits.items()}
+    return results
+
+
+def train_row(baseline: str, row: str, seed: int, args: argparse.Namespace) -> dict:
+    """Fine-tunes and evaluates one row; OUTPUT/row-seed/best holds its checkpoint."""
+    torch.manual_seed(seed)
+    output = args.runs / f"{row}-{seed}".replace(" ", "_")
+    stts_config = STTSConfig(**{"prune_layer": 1, "seed": seed, **(COMPARED | ONCE)[row]})
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = convert_checkpoint(baseline, Path(folder) / "model", stts_config, seed=seed)
+        model = STTSMolmoForConditionalGeneration.from_pretrained(checkpoint)
+        processor = STTSMolmoProcessor.from_pretrained(checkpoint)
+    groups = parameter_groups(model)
+    for group in groups:
+        group["lr"] *= args.rate_scale
+
+    def batch_at(step: int) -> dict:
+        first_seed = FIRST_SEED["train"] * (seed + 100) + step * args.batch_size
+        return sample_batch(processor, first_seed, args.batch_size, 2, NUM_FRAMES)[0]
+
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    fit(model, processor, [optimizer], batch_at, held_out_batches(processor), output, args.steps, eval_every=args.steps)
+    model.eval()
+    return {
+        "row": row,
+        "seed": seed,
+        "knobs": (COMPARED | ONCE)[row],
+        "hits": evaluate(model, processor, args.clips, row, stts_config.prune_ratio),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("baseline")
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=[*COMPARED, *ONCE], help="all when not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the compared rows")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8, help="clips a step")
+    parser.add_argument("--rate-scale", type=float, default=30)
+    parser.add_argument("--clips", type=int, default=128, help="test clips of each length")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    jobs = [(row, seed) for seed in args.seeds for row in COMPARED] + [(row, args.seeds[0]) for row in ONCE]
+    args.runs.mkdir(parents=True, exist_ok=True)
+    for row, seed in jobs:
+        result = args.runs / f"{row}-{seed}.json".replace(" ", "_")
+        if not result.exists() and (args.rows is None or row in args.rows):
+            result.write_text(json.dumps(train_row(args.baseline, row, seed, args)))
+    done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale", "clips")}
+    args.output.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")

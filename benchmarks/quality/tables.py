@@ -1,0 +1,239 @@
+"""Tables and curves of the quality study from its committed results, beside the paper's numbers.
+
+    python benchmarks/quality/tables.py benchmarks/results
+
+Reads quality_study.json and quality_kept.json of that folder; writes quality_tables.md and quality_ratios.png there.
+Intervals are 95 % bootstrap over clips and seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+RESAMPLES = 2000
+# Of the paper, in percent: short, long, average.
+PAPER = {
+    "unpruned": (67.0, 59.0, 63.0),
+    "stts 30": (66.7, 58.9, 62.8),
+    "stts 40": (66.0, 58.2, 62.1),
+    "stts 50": (66.1, 58.4, 62.3),
+    "cosine 50": (66.0, 57.9, 62.0),
+    "random 50": (65.3, 57.5, 61.4),
+    "stts 50 without aux": (64.4, 55.5, 60.0),
+    "tome 50": (65.6, 56.6, 61.1),
+    "stts 60": (65.3, 57.9, 61.6),
+    "random 60": (63.9, 56.3, 60.1),
+    "stts 70": (65.0, 56.4, 60.7),
+    "random 70": (63.2, 55.0, 59.1),
+    "stts 80": (63.7, 55.8, 59.8),
+    "random 80": (61.3, 53.6, 57.5),
+    "stts 90": (60.2, 52.1, 56.2),
+    "random 90": (58.5, 51.0, 54.8),
+    "text only": (46.6, 42.5, 44.6),
+    "cosine untrained": (63.1, 55.1, 59.1),
+    "tome untrained": (62.4, 55.9, 59.2),
+}
+PAPER_LONG = {"stts 30 scaled": 60.1, "stts 40 scaled": 59.0, "stts 50 scaled": 59.4}
+
+
+def matrix_of(hits: dict[str, str]) -> np.ndarray:
+    """Right answers (kinds, clips) of one evaluation."""
+    return np.array([[int(hit) for hit in right] for right in hits.values()])
+
+
+def resampled_mean(hits: np.ndarray, clips: np.ndarray, rng: np.random.Generator) -> float:
+    """Share of right answers (seeds, kinds, clips) over the chosen clips and seeds drawn anew."""
+    seeds = rng.integers(len(hits), size=len(hits))
+    return hits.mean(1)[np.ix_(seeds, clips)].mean()
+
+
+class Study:
+    """The runs of the study, and accuracies with intervals over them."""
+
+    def __init__(self, results: dict):
+        self.results = results
+
+    def hits(self, row: str, evaluation: str) -> np.ndarray:
+        """Right answers (seeds, kinds, clips); no seeds when the row was not run."""
+        runs = [run["hits"][evaluation] for run in self.results["runs"] if run["row"] == row]
+        return np.stack([matrix_of(hits) for hits in runs]) if runs else np.empty((0, 0, 0))
+
+    def interval(self, hits: np.ndarray, minus: np.ndarray | None = None) -> tuple[float, float, float]:
+        """Mean and 95 % bootstrap interval in percent, of the difference to `minus` on the same clips when given."""
+        rng, clips, draws = np.random.default_rng(0), hits.shape[-1], []
+        for _ in range(RESAMPLES):
+            chosen = rng.integers(clips, size=clips)
+            draws.append(resampled_mean(hits, chosen, rng))
+            if minus is not None:
+                draws[-1] -= resampled_mean(minus, chosen, rng)
+        mean = hits.mean() - (0 if minus is None else minus.mean())
+        return tuple(100 * value for value in (mean, *np.quantile(draws, (0.025, 0.975))))
+
+    def cells(self, row: str, short: str = "short", long: str = "long") -> list[str]:
+        """Short, long and average of a row, as table cells; dashes when it was not run."""
+        parts = [self.hits(row, short), self.hits(row, long)]
+        if not parts[0].size:
+            return ["-"] * 3
+        return [text_of(self.interval(hits)) for hits in (*parts, np.concatenate(parts, axis=1))]
+
+    def gap(self, row: str, other: str) -> str:
+        """Average of a row less that of another, on the same clips."""
+        first, second = (
+            np.concatenate([self.hits(name, "short"), self.hits(name, "long")], axis=1) for name in (row, other)
+        )
+        return text_of(self.interval(first, minus=second), "{:+.1f}") if first.size and second.size else "-"
+
+
+def text_of(interval: tuple[float, float, float], number: str = "{:.1f}") -> str:
+    mean, low, high = (number.format(value) for value in interval)
+    return f"{mean} ({low} to {high})"
+
+
+def paper_of(row: str) -> str:
+    return " / ".join(str(value) for value in PAPER[row]) if row in PAPER else "-"
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
+    return f"**{title}**\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def accuracy_table(study: Study, title: str, rows: dict[str, str], against: str) -> str:
+    """A table of rows `{name shown: row}`, each beside the paper's and with its distance to the row `against`."""
+    header = ["", "short", "long", "average", f"average against {against}", "paper: short / long / average"]
+    lines = [
+        [shown, *study.cells(row), "" if row == against else study.gap(row, against), paper_of(row)]
+        for shown, row in rows.items()
+    ]
+    return table(title, header, lines)
+
+
+def table_by_kind(study: Study) -> str:
+    rows = {"no pruning": "unpruned", "STTS 50 %": "stts 50", "cosine 50 %": "cosine 50", "random 50 %": "random 50"}
+    kinds = next(run["hits"]["short"] for run in study.results["runs"] if run["row"] == "stts 50")
+    lines = [
+        [
+            kind,
+            *(
+                " / ".join(f"{100 * study.hits(row, length)[:, index].mean():.0f}" for length in ("short", "long"))
+                for row in rows.values()
+            ),
+        ]
+        for index, kind in enumerate(kinds)
+    ]
+    return table("By kind of question: short / long, mean over seeds", ["", *rows], lines)
+
+
+def table_of_kept(shares: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = [
+        [name, str(share["blocks"]), *(f"{100 * shares[method][name]['kept']:.0f}" for method in shares)]
+        for name, share in shares["scorer"].items()
+    ]
+    return table("Kept of each 100 blocks, by what a block shows", ["", "blocks", *shares], lines)
+
+
+def all_tables(study: Study, shares: dict) -> str:
+    text_only = study.cells("unpruned", "short, text only", "long, text only")
+    untrained = {
+        name: study.cells("unpruned", f"short, {name} 50 untrained", f"long, {name} 50 untrained")
+        for name in ("cosine", "tome")
+    }
+    stts = {f"STTS {k} %": f"stts {k}" for k in (30, 40, 50)}
+    by_ratio = {
+        f"{name} {k} %": f"{row} {k}"
+        for k in (50, 60, 70, 80, 90)
+        for name, row in (("random", "random"), ("STTS", "stts"))
+    }
+    presets = {
+        "log, pooled (the paper's text, our default)": "stts 50",
+        "log, patches": "stts 50 log patches",
+        "rescaled log, patches (the authors' code)": "stts 50 rescaled patches",
+        "rescaled log, pooled": "stts 50 rescaled pooled",
+    }
+    scaled = []
+    for k in (30, 40, 50):
+        row = f"stts {k}"
+        hits, more = study.hits(row, "long"), study.hits(row, "long, more frames")
+        cells = [text_of(study.interval(hits)), text_of(study.interval(more))] if more.size else ["-", "-"]
+        gain = text_of(study.interval(more, minus=hits), "{:+.1f}") if more.size else "-"
+        scaled.append([f"STTS {k} %", *cells, gain, f"{PAPER[row][1]} to {PAPER_LONG[f'{row} scaled']}"])
+    layers = {f"layer {layer}": f"stts 50 layer {layer}" if layer != 1 else "stts 50" for layer in range(4)}
+    return "\n".join(
+        [
+            accuracy_table(study, "Table 1: STTS against no pruning", {"no pruning": "unpruned", **stts}, "unpruned"),
+            accuracy_table(
+                study,
+                "Table 2: pruners at 50 %",
+                {
+                    "random": "random 50",
+                    "cosine": "cosine 50",
+                    "STTS without auxiliary loss": "stts 50 without aux",
+                    "STTS": "stts 50",
+                },
+                "stts 50",
+            ),
+            table(
+                "Table 3: more frames at inference, long clips",
+                ["", "8 frames", "12, 14, 16 frames", "gain", "paper, 64 to 92, 107, 128 frames"],
+                scaled,
+            ),
+            table(
+                "Table 5: token merging and inference-only pruning at 50 %",
+                ["", "short", "long", "average", "paper: short / long / average"],
+                [
+                    *(
+                        [f"{name}, inference only", *cells, paper_of(f"{name} untrained")]
+                        for name, cells in untrained.items()
+                    ),
+                    ["tome, trained", *study.cells("tome 50"), paper_of("tome 50")],
+                    ["STTS", *study.cells("stts 50"), paper_of("stts 50")],
+                ],
+            ),
+            accuracy_table(study, "Table 8: from 50 to 90 %", by_ratio, "unpruned"),
+            table(
+                "Text only, the floor",
+                ["", "short", "long", "average", "paper: short / long / average"],
+                [["no video", *text_only, paper_of("text only")]],
+            ),
+            accuracy_table(study, "Figure 6: the layer after which tokens are scored, at 50 %", layers, "stts 50"),
+            accuracy_table(study, "Bias and auxiliary target, at 50 %", presets, "stts 50"),
+            table_by_kind(study),
+            table_of_kept(shares),
+        ]
+    )
+
+
+def draw_ratios(study: Study, path: Path) -> None:
+    """Accuracy from 50 to 90 %, STTS and random, over the text-only floor: the right half of the paper's Figure 1."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    for axis, length in zip(axes, ("short", "long"), strict=True):
+        for name, color in (("stts", "tab:purple"), ("random", "tab:gray")):
+            points = [(k, study.hits(f"{name} {k}", length)) for k in (50, 60, 70, 80, 90)]
+            points = [(k, *study.interval(hits)) for k, hits in points]
+            ratios, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
+            axis.errorbar(ratios, mean, (mean - low, high - mean), label=name, color=color, capsize=3)
+        for label, row, evaluation, style in (
+            ("no pruning", "unpruned", length, "--"),
+            ("no video", "unpruned", f"{length}, text only", ":"),
+        ):
+            axis.axhline(study.interval(study.hits(row, evaluation))[0], label=label, color="black", linestyle=style)
+        axis.set(title=f"{length} clips", xlabel="pruned, %")
+    axes[0].set_ylabel("right answers, %")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder")
+    folder = parser.parse_args().results
+    study = Study(json.loads((folder / "quality_study.json").read_text()))
+    shares = json.loads((folder / "quality_kept.json").read_text())["shares"]
+    (folder / "quality_tables.md").write_text(all_tables(study, shares))
+    draw_ratios(study, folder / "quality_ratios.png")
