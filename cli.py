@@ -287,7 +287,12 @@ def answer_question(
         content = [{"type": "video"}, {"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(
-            text=prompt, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+            text=prompt,
+            videos=[frames],
+            video_metadata=[metadata],
+            do_sample_frames=False,
+            device=device,
+            return_tensors="pt",
         )
     model = load_model(checkpoint, device, dtype)
     with stage("generate", seconds):

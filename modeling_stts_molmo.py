@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.molmo2.modeling_molmo2 import (
     Molmo2Adapter,
     Molmo2CausalLMOutputWithPast,
@@ -432,13 +432,14 @@ class Packing(NamedTuple):
     patches: int64 `(tokens,)`, their indices in the flattened `(frames * N,)` patches.
     counts: int64 `(frames,)`, patches of each frame.
     capacity: `N`, upper bound of a frame's patches.
-    slots: int64 `(num_kept, w * w)`, the patches of each surviving block among them; -1 outside the frame.
+    slots: int64 `(num_kept, w * w)`, the patches of each surviving block among them; -1 outside the frame. `None` when
+        they are the surviving blocks one after the other, `w * w` patches each.
     """
 
     patches: torch.Tensor
     counts: torch.Tensor
     capacity: int
-    slots: torch.Tensor
+    slots: torch.Tensor | None
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
@@ -461,9 +462,8 @@ def plan_packing(keep_mask: torch.Tensor, num_kept: int, layout: VideoLayout, re
     tokens = mask_to_indices(context_mask, num_context)
     blocks = layout.blocks.index_select(0, tokens % layout.tokens_per_frame)
     frame = tokens // layout.tokens_per_frame
-    patches = (blocks + (frame * layout.num_patches)[:, None]).flatten()
-    slots = torch.arange(patches.numel(), device=patches.device).view_as(blocks)
-    if not layout.is_dense:
+    patches, slots = (blocks + (frame * layout.num_patches)[:, None]).flatten(), None
+    if refill or not layout.is_dense:
         inside = blocks.flatten() >= 0
         patches = patches[inside]
         slots = (inside.cumsum(0) - 1).masked_fill(~inside, -1).view_as(blocks)
@@ -661,6 +661,7 @@ class STTSMolmoVisionOutput(BaseModelOutputWithPooling):
             Features of the patches that late layers saw, packed block by block.
         pooled_patches_idx (`torch.LongTensor` of shape `(kept, w * w)`):
             Where the patches of each surviving block are in `last_hidden_state`; -1 for slots outside the frame.
+            `None` when every `w * w` patches in a row are a block.
         token_scores (`torch.FloatTensor` of shape `(frames, P)`; `None` when tokens were merged),
         keep_mask (`torch.BoolTensor` of shape `(frames, P)`),
         aux_loss (`torch.FloatTensor`, scalar; `None` unless the scorer scored).
@@ -719,7 +720,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         self,
         pixel_values: torch.Tensor,
         layout: VideoLayout | None = None,
-        prune_ratio: float | None = None,
+        num_kept: Sequence[int] | None = None,
         method: str | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
@@ -727,7 +728,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         Args:
             pixel_values: `(frames, N, patch_size * patch_size * channels)`.
             layout: of the videos the frames belong to; `None` for images and for videos kept whole.
-            prune_ratio: share of each video's tokens to drop, in `[0, 1)`.
+            num_kept: surviving tokens of each video.
             method: `"scorer"`, `"cosine"`, `"random"` or `"tome"`.
 
         Returns:
@@ -740,7 +741,6 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         for layer in self.layers[: self.stts_config.prune_layer + 1]:
             hidden_states = layer(hidden_states, None)
 
-        num_kept = layout.num_kept(prune_ratio)
         refill = self.stts_config.refill_lone_frames
         if method == "tome":
             hidden_states, bias, keep_mask = merge_tokens(hidden_states, layout, num_kept)
@@ -803,6 +803,27 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
                 flat = hidden_states.flatten(0, 1)
                 outputs[index] = flat if slots is None else flat.index_select(0, slots)
         return [outputs[index] for index in self.feature_layers]
+
+
+class STTSMolmoAdapter(Molmo2Adapter):
+    """Modifications: blocks that follow each other are pooled as they are, without a gather and without a mask."""
+
+    def __init__(self, config, block_size: int):
+        super().__init__(config)
+        self.block_size = block_size
+
+    def forward(
+        self, image_features: torch.Tensor, pooled_patches_idx: torch.Tensor | None, **kwargs
+    ) -> BaseModelOutput:
+        """
+        As the native forward; `pooled_patches_idx` may be `None` when every `w * w` of the features `(1, tokens, C)`
+        are a block.
+        """
+        if pooled_patches_idx is not None:
+            return super().forward(image_features, pooled_patches_idx, **kwargs)
+        blocks = image_features[0].unflatten(0, (-1, self.block_size))
+        pooled, _ = self.image_pooling_2d(blocks.mean(1, keepdim=True), blocks, attention_mask=None, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.image_projector(pooled[:, 0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1124,7 +1145,7 @@ class STTSMolmoModel(Molmo2Model):
         self.vision_tower = STTSMolmoVisionModel(
             config.vision_config, config.stts_config, config.adapter_config.vision_feature_layer
         )
-        self.multi_modal_projector = Molmo2Adapter(config.adapter_config)
+        self.multi_modal_projector = STTSMolmoAdapter(config.adapter_config, config.stts_config.pooling_size**2)
         self.language_model = Molmo2TextModel(config.text_config)
         self.post_init()
 
@@ -1161,11 +1182,12 @@ class STTSMolmoModel(Molmo2Model):
             keep_mask = torch.ones(shape, dtype=torch.bool, device=pixel_values_videos.device)
             return STTSMolmoVideoFeatures(**native, keep_mask=keep_mask)
 
-        vision = self.vision_tower(pixel_values_videos, layout=layout, prune_ratio=prune_ratio, method=method)
+        num_kept = layout.num_kept(prune_ratio)
+        vision = self.vision_tower(pixel_values_videos, layout=layout, num_kept=num_kept, method=method)
         pooled = self.multi_modal_projector(vision.last_hidden_state, vision.pooled_patches_idx).last_hidden_state
         return STTSMolmoVideoFeatures(
             last_hidden_state=vision.last_hidden_state,
-            pooler_output=pooled.split(layout.num_kept(prune_ratio)),
+            pooler_output=pooled.split(num_kept),
             token_scores=vision.token_scores,
             keep_mask=vision.keep_mask,
             aux_loss=vision.aux_loss,

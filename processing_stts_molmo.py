@@ -367,6 +367,11 @@ def decode_clip(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[tor
             clip, taken = decode_clip_with_torchcodec(video, index, targets)
             if np.array_equal(taken, np.unique(targets)):  # in some containers it lands beside the frame it should
                 return clip, taken
+    return decode_clip_with_pyav(video, index, targets)
+
+
+def decode_clip_with_pyav(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor | None, np.ndarray]:
+    """As `decode_clip`."""
     clip, taken = None, []
     for frame in decode_frames(video, index, targets):
         if taken and frame.pts == taken[-1]:

@@ -28,6 +28,7 @@ import av
 import torch
 import transformers
 from operation_count import Shape, forward_operations, grid_sizes
+from stts_molmo.cli import answer_question
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import (
     VIDEO_INPUTS,
@@ -36,7 +37,13 @@ from stts_molmo.modeling_stts_molmo import (
     num_kept_tokens,
     select_tokens,
 )
-from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
+from stts_molmo.processing_stts_molmo import (
+    STTSMolmoVideoProcessor,
+    VideoDecoder,
+    decode_clip_with_pyav,
+    decode_clip_with_torchcodec,
+    read_frame_index,
+)
 from throughput_plot import plot
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from transformers.models.molmo2.video_processing_molmo2 import arange_for_pooling
@@ -619,37 +626,86 @@ def write_long_clip(path: Path, seconds: int):
         container.mux(stream.encode())
 
 
-def decode_all(path: str) -> int:
-    """Decodes every frame to RGB, as a reader without seeking does; how many there were."""
+def decode_all(path: str) -> None:
+    """Decodes every frame to RGB, as a reader without seeking does."""
     with av.open(path) as container:
         container.streams.video[0].thread_type = "AUTO"
-        return sum(frame.to_ndarray(format="rgb24").shape[0] > 0 for frame in container.decode(video=0))
+        for frame in container.decode(video=0):
+            frame.to_ndarray(format="rgb24")
+
+
+def clip_seconds(path: str, rounds: int) -> tuple[dict[str, int], dict[str, list[tuple[float, float]]]]:
+    """Frames sampled and frames in the file; and of each way to decode, and of preprocessing, CPU and wall seconds."""
+    processor = STTSMolmoVideoProcessor(do_rescale=True, do_normalize=True)
+    frames, metadata = processor.fetch_videos(path, sample_indices_fn=processor.sample_frames)
+
+    def decode_sampled(decode: Callable):
+        index = read_frame_index(path)
+        return decode(path, index, index.pts[processor.sample_frames(index.metadata())])
+
+    stages = {
+        "decode sampled frames": partial(decode_sampled, decode_clip_with_pyav),
+        "decode every frame": partial(decode_all, path),
+        "preprocess": partial(
+            processor, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+        ),
+    }
+    if VideoDecoder is not None:
+        stages["decode sampled frames, torchcodec"] = partial(decode_sampled, decode_clip_with_torchcodec)
+    seconds = {stage: [] for stage in stages}
+    for index in range(rounds + 1):
+        for stage, step in stages.items():
+            start = (time.process_time(), time.perf_counter())
+            step()
+            end = (time.process_time(), time.perf_counter())
+            if index:  # the first round warms up
+                seconds[stage].append(tuple(b - a for a, b in zip(start, end, strict=True)))
+    return {"frames": len(frames), "file_frames": metadata.total_num_frames}, seconds
 
 
 def measure_clip(bench: Bench) -> list[dict]:
     """Decoding of files of several lengths and preprocessing of what was sampled, at Molmo2's frame size."""
-    processor = STTSMolmoVideoProcessor(do_rescale=True, do_normalize=True)
     records = []
     for length in bench.preset.clip_seconds:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_long_clip(path, length)
-            seconds = {"decode sampled frames": [], "decode every frame": [], "preprocess": []}
-            for index in range(bench.preset.rounds + 1):
-                marks = [time.process_time()]
-                frames, metadata = processor.fetch_videos(str(path), sample_indices_fn=processor.sample_frames)
-                marks.append(time.process_time())
-                decode_all(str(path))
-                marks.append(time.process_time())
-                processor(videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
-                marks.append(time.process_time())
-                for stage, begin, end in zip(seconds, marks, marks[1:], strict=False):
-                    seconds[stage] += [end - begin] if index else []  # the first one warms up
-        size = {"frames": len(frames), "file_frames": metadata.total_num_frames, "file_size": list(frames.shape[-2:])}
-        records += [
-            {"section": "clip", **size, "stage": stage, "seconds": summary(times)} for stage, times in seconds.items()
-        ]
+            counts, seconds = clip_seconds(str(path), bench.preset.rounds)
+        for stage, times in seconds.items():
+            cpu, wall = (summary(list(values)) for values in zip(*times, strict=True))
+            records.append({"section": "clip", **counts, "stage": stage, "seconds": cpu, "wall_seconds": wall})
     return records
+
+
+def measure_ask(bench: Bench) -> list[dict]:
+    """`stts-molmo ask` from file to answer with the bundled checkpoint, whose model is small beside all else."""
+    rows = (UNPRUNED, HALF)
+    steps = {row: partial(ask_once, row.prune_ratio, bench.preset.device) for row in rows}
+    measurements = take_turns(steps, CpuClock, bench.preset.parity_rounds)
+    return [
+        {
+            "section": "ask",
+            **dataclasses.asdict(row),
+            "seconds": summary(measurements[row].seconds),
+            "speedup_over_k0": ratios(measurements[UNPRUNED], measurements[row]),
+        }
+        for row in rows
+    ]
+
+
+def ask_once(prune_ratio: float, device: str):
+    root = Path(__file__).parents[1]
+    answer_question(
+        video=str(root / "examples/clips/busy.mp4"),
+        question="What color is the still shape?",
+        checkpoint=str(root / "checkpoints/stts-molmo-tiny"),
+        prune_ratio=prune_ratio,
+        num_frames=None,
+        test_time_scaling=False,
+        max_new_tokens=8,
+        device=device,
+        dtype="auto",
+    )
 
 
 def peak_resident_bytes() -> int:
@@ -705,6 +761,7 @@ SECTIONS = {
     "growth": measure_growth,
     "stages": measure_stages,
     "clip": measure_clip,
+    "ask": measure_ask,
     "parity": measure_parity,
     "memory": measure_memory,
 }

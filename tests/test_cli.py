@@ -10,8 +10,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from stts_molmo.cli import BUNDLED_CHECKPOINT, app
+from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -89,6 +91,18 @@ def test_ask_json_is_one_object_in_a_fresh_process(clip):
     assert result["vision_tokens"] == {"before": 63, "after": 32}  # 63 - floor(31.5)
     assert list(result["seconds"]) == ["decode", "preprocess", "generate"]
     assert all(value > 0 for value in result["seconds"].values())
+
+
+def test_ask_resizes_frames_on_the_device_of_the_model(clip, monkeypatch):
+    devices, preprocess = [], STTSMolmoVideoProcessor.preprocess
+
+    def note_device(self, videos, **kwargs):
+        devices.append(kwargs["device"])
+        return preprocess(self, videos, **kwargs)
+
+    monkeypatch.setattr(STTSMolmoVideoProcessor, "preprocess", note_device)
+    ask_json(clip, QUESTION, "--device", "cpu")
+    assert devices == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,10 @@ def test_the_vision_tower_never_waits_for_the_device(method):
     layout = layout_of([4, 6])
     layout = layout._replace(blocks=layout.blocks.cuda())
     pixels = video_tensors([4, 6])["pixel_values_videos"].cuda().bfloat16()
-    tower(pixels, layout=layout, prune_ratio=0.5, method=method)
+    tower(pixels, layout=layout, num_kept=layout.num_kept(0.5), method=method)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tower(pixels, layout=layout, prune_ratio=0.5, method=method)
+        tower(pixels, layout=layout, num_kept=layout.num_kept(0.5), method=method)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

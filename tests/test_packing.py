@@ -92,6 +92,8 @@ def gather_features(tower, hidden_states, keep_mask, layout):
     packing = plan_packing(keep_mask, int(keep_mask.sum()), layout, tower.stts_config.refill_lone_frames)
     packed = hidden_states.flatten(0, 1)[packing.patches]
     features = torch.cat(tower.run_late_layers(packed, packing), dim=-1)
+    if packing.slots is None:
+        return features.unflatten(0, (-1, layout.blocks.shape[1]))
     return features[packing.slots.clamp_min(0)] * (packing.slots >= 0)[..., None]
 
 
@@ -201,3 +203,16 @@ def test_refilled_frames_are_context_only(attn):
     context = masked_reference(tower, hidden_states, refill_lone_frames(keep_mask, layout), layout)
     expected = context[keep_mask[refill_lone_frames(keep_mask, layout)]]
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_adapter_pools_blocks_in_a_row_as_the_native_one_pools_indices():
+    adapter = make_model().model.multi_modal_projector
+    indices, results = torch.arange(5 * 9).view(5, 9), []
+    for pooled_patches_idx in (indices, None):
+        adapter.zero_grad()
+        features = torch.randn(1, 5 * 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        pooled = adapter(features, pooled_patches_idx).last_hidden_state
+        (pooled * torch.arange(32)).sum().backward()
+        results.append([pooled, features.grad, *(p.grad.clone() for p in adapter.parameters())])
+    for native, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, native, atol=1e-4, rtol=1e-5)

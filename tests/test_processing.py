@@ -276,6 +276,13 @@ def test_each_kind_of_file(processor, clip, kind, served):
         assert torch.equal(alone["pixel_values_videos"], expected["pixel_values_videos"])
 
 
+def test_frames_are_resized_on_a_device(processor, clip):
+    # On "meta" nothing can have been computed on the host.
+    inputs = apply_chat(processor, chat(clip), device="meta")
+    assert inputs["pixel_values_videos"].is_meta
+    assert inputs["pixel_values_videos"].shape == apply_chat(processor, chat(clip))["pixel_values_videos"].shape
+
+
 @pytest.mark.parametrize("key", ["video", "path", "url"])
 def test_each_key_of_a_chat_template(processor, clip, served, key):
     conversation = chat(None)

@@ -148,7 +148,7 @@ def test_the_tower_equals_its_layers_on_the_merged_patches_alone(prune_ratio, gr
     """Frame by frame, on a sequence that has nothing but survivors in it."""
     tower = make_model(grid, attn).model.vision_tower
     layout, pixels = layout_of([6, 2], grid), video_tensors([6, 2], grid)["pixel_values_videos"]
-    output = tower(pixels, layout=layout, prune_ratio=prune_ratio, method="tome")
+    output = tower(pixels, layout=layout, num_kept=layout.num_kept(prune_ratio), method="tome")
     assert output.token_scores is None and output.aux_loss is None
 
     hidden_states = tower.patch_embedding(pixels) + tower.positional_embedding

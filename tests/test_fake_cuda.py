@@ -1,0 +1,98 @@
+"""
+The CUDA path without a GPU: fake tensors have a device, a dtype and a shape but no values, and raise where a value is
+asked for. Between the pixels and the LLM's tokens nothing waits for the device, and it is one graph.
+"""
+
+import pytest
+import torch
+from conftest import make_model, video_tensors
+from stts_molmo import modeling_stts_molmo
+from stts_molmo.modeling_stts_molmo import VideoLayout, VisionCausalAttention
+from test_scoring import layout_of
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    if modeling_stts_molmo.varlen_attn is None:
+        pytest.skip(f"torch {torch.__version__} has no varlen attention")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def fake_encoder(mode: FakeTensorMode, **stts_config):
+    """
+    Vision tower and adapter in bfloat16 on a CUDA device, as a function of pixels, layout, survivors and method; and
+    what makes the first three for videos of some numbers of frames.
+    """
+    model = make_model(**stts_config).model
+    with mode:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                fake = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+                module.register_parameter(name, torch.nn.Parameter(fake))
+
+    def encode(pixels: torch.Tensor, layout: VideoLayout, num_kept: list[int], method: str) -> torch.Tensor:
+        vision = model.vision_tower(pixels, layout=layout, num_kept=num_kept, method=method)
+        return model.multi_modal_projector(vision.last_hidden_state, vision.pooled_patches_idx).last_hidden_state
+
+    return encode
+
+
+def fake_videos(mode: FakeTensorMode, num_frames: list[int]) -> tuple[torch.Tensor, VideoLayout, list[int]]:
+    """Pixels of videos on a CUDA device, their layout, and how many of their tokens survive."""
+    layout, pixels = layout_of(num_frames), video_tensors(num_frames)["pixel_values_videos"]
+    with mode:
+        blocks = torch.empty(layout.blocks.shape, dtype=torch.int64, device="cuda")
+        pixels = torch.empty(pixels.shape, dtype=torch.bfloat16, device="cuda")
+    return pixels, layout._replace(blocks=blocks), layout.num_kept(0.5)
+
+
+@pytest.mark.parametrize("method", ["scorer", "cosine", "random", "tome"])
+def test_nothing_waits_for_the_device(method):
+    mode = FakeTensorMode()
+    encode, videos = fake_encoder(mode), fake_videos(mode, [4, 6])
+    with mode:
+        tokens = encode(*videos, method)
+    assert tokens.shape == (20, 32) and tokens.is_cuda
+
+
+def test_waiting_would_be_found():
+    mode = FakeTensorMode()
+    encode, videos = fake_encoder(mode, refill_lone_frames=True), fake_videos(mode, [4, 6])
+    with mode, pytest.raises(DataDependentOutputException):  # the authors' bins are filled on the host
+        encode(*videos, "scorer")
+
+
+@pytest.mark.parametrize("method", ["scorer", "cosine", "tome"])
+def test_vision_tower_and_adapter_are_one_graph_for_each_length(method):
+    mode, graphs = FakeTensorMode(), []
+
+    def run_as_it_is(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    encode = torch.compile(fake_encoder(mode), backend=run_as_it_is, fullgraph=True, dynamic=False)
+    for num_frames, expected, num_graphs in ([4, 6], 20, 1), ([4, 6], 20, 1), ([8], 16, 2):
+        videos = fake_videos(mode, num_frames)
+        with mode:
+            assert encode(*videos, method).shape == (expected, 32)
+        assert len(graphs) == num_graphs
+
+
+class Context:
+    """What `torch.autograd` gives a function: its engine runs no backward without a GPU."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize("num_vision", [0, 1, 20])
+def test_attention_without_a_mask_gives_torchs_kernels_what_they_take(num_vision):
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, 4, 50, 16, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        vision = torch.empty(num_vision, dtype=torch.int64, device="cuda")
+        ctx = Context()
+        output = VisionCausalAttention.forward(ctx, query, key, value, vision, 0.25)
+        gradients = VisionCausalAttention.backward.__wrapped__(ctx, output)[:3]
+    for tensor in (output, *gradients):
+        assert (tensor.shape, tensor.dtype, tensor.device) == (query.shape, query.dtype, query.device)
