@@ -9,15 +9,26 @@ ROWS = ("k=0", "k=0.3", "k=0.4", "k=0.5", "cosine k=0.5", "ToMe k=0.5", "post-Vi
 
 
 def plot(result: dict, path: Path):
-    """Speedups over the native model at each section's last shape, and prefill time against frames and against k."""
-    panels = {plot_speedups: SECTIONS, plot_growth: ("growth with frames",), plot_ratio: ("growth with k",)}
-    fig, every_axes = plt.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
-    for axes, (draw, sections) in zip(every_axes, panels.items(), strict=True):
+    """
+    Speedups over the native model at each section's last shape, and prefill time against frames and against k, as far
+    as they were measured; no picture when none was.
+    """
+    panels = []
+    for draw, sections in (
+        (plot_speedups, SECTIONS),
+        (plot_growth, ("growth with frames",)),
+        (plot_ratio, ("growth with k",)),
+    ):
         records = [record for record in result["records"] if record["section"] in sections]
         if records:
-            draw(axes, records)
-        else:
-            axes.set_axis_off()
+            panels.append((draw, records))
+    if not panels:
+        return
+    fig, every_axes = plt.subplots(
+        1, len(panels), figsize=(1 + 5 * len(panels), 4.5), squeeze=False, layout="constrained"
+    )
+    for axes, (draw, records) in zip(every_axes[0], panels, strict=True):
+        draw(axes, records)
     fig.suptitle(f"{result['preset']} preset, {result['hardware']}, torch {result['versions']['torch']}")
     fig.savefig(path, dpi=90)
     plt.close(fig)
