@@ -1621,6 +1621,7 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
                 )
                 prompt = CompactPrompt(input_ids.shape[1], compact.pop("input_ids"), compaction.mask.long())
                 kwargs.update(compact, attention_mask=prompt.attention_mask)
+            del video  # the features of all patches would stay alive until the last token
         elif cached_prompt is not None:
             kwargs["attention_mask"] = cached_prompt.attend(input_ids, kwargs.get("attention_mask"))
 

@@ -25,7 +25,7 @@ def plot(result: dict, path: Path):
     if not panels:
         return
     fig, every_axes = plt.subplots(
-        1, len(panels), figsize=(1 + 5 * len(panels), 4.5), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(2 + 5 * len(panels), 4.5), squeeze=False, layout="constrained"
     )
     for axes, (draw, records) in zip(every_axes[0], panels, strict=True):
         draw(axes, records)
@@ -49,7 +49,8 @@ def plot_speedups(axes, records: list[dict]):
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([index + 0.35 for index in range(len(SECTIONS))], SECTIONS)
     axes.set_ylabel("speed, native Molmo2 = 1")
-    axes.legend(fontsize="small")
+    axes.margins(y=0.35)  # room for the legend
+    axes.legend(fontsize="small", loc="upper left", ncols=3)
 
 
 def plot_growth(axes, records: list[dict]):

@@ -1,5 +1,6 @@
 """generate(): whatever strategy, the caller sees the full prompt, and gets what each row gives alone."""
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -309,3 +310,23 @@ def test_a_positional_prompt_and_explicit_positions():
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         make_model().generate(**change(make_inputs([4])), **GREEDY)
+
+
+@pytest.mark.parametrize("prune_ratio", [0.0, 0.5])
+def test_the_patches_of_the_video_are_not_kept_while_tokens_are_generated(prune_ratio, monkeypatch):
+    model, patches, alive = make_model(), [], []
+    encode = model.model.get_video_features
+
+    def encode_and_watch(**kwargs):
+        features = encode(**kwargs)
+        patches.append(weakref.ref(features.last_hidden_state))
+        return features
+
+    class Watch(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            alive.append(patches[0]() is not None)
+            return scores
+
+    monkeypatch.setattr(model.model, "get_video_features", encode_and_watch)
+    model.generate(**make_inputs([6]), **GREEDY, prune_ratio=prune_ratio, logits_processor=[Watch()])
+    assert alive == [False] * GREEDY["max_new_tokens"]

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import throughput
+import throughput_tables
 from operation_count import Shape, attention, forward_operations, language_layer, vision_layer
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 
@@ -38,6 +39,25 @@ def test_every_section_has_its_rows(result):
     stages = {record["stage"] for record in result["records"] if record["section"] == "clip"}
     assert stages >= {"decode sampled frames", "decode every frame", "preprocess"}
     assert rows["ask"] == {"k=0", "k=0.5"}
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", ["throughput_cpu", "decoding_cpu"])
+def test_tables_are_those_of_the_results_and_the_readme_shows_them(name):
+    tables = throughput_tables.all_tables(json.loads((RESULTS / f"{name}.json").read_text()))
+    assert (RESULTS / f"{name}.md").read_text() == tables
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert all(table in readme for table in tables.split("\n\n"))
+
+
+def test_a_table_for_every_section_that_is_no_plot(result):
+    tables = throughput_tables.all_tables(result)
+    rows = [line.split(" | ")[0] for line in tables.splitlines()]
+    for label in ("| vision tower, 4 frames", "| training step, 8 frames", "| 2 x 2 frames, 8 new tokens", "| adapter"):
+        assert label in rows
+    assert "| 5 of 60 frames | decode every frame |" in tables and "| k=0.5 |" in tables
 
 
 def test_memory_of_a_training_step_is_that_of_its_own_process():
