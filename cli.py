@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def ask(
         typer.Option(help="Share of the video's tokens to drop, in [0, 1); the checkpoint's own when not given."),
     ] = None,
     num_frames: Annotated[
-        int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own (64) when not given.")
+        int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
     ] = None,
     test_time_scaling: Annotated[
         bool, typer.Option("--test-time-scaling", help="Spend what pruning saves on more frames: n / (1 - ratio).")
@@ -103,6 +104,8 @@ def ask(
         result = answer_question(
             video, question, model, prune_ratio, num_frames, test_time_scaling, max_new_tokens, device, dtype
         )
+    if model == str(BUNDLED_CHECKPOINT):
+        typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
@@ -128,7 +131,7 @@ def visualize(
     prune_ratio: Annotated[
         float | None, typer.Option(help="Share of tokens to drop, in [0, 1); the checkpoint's own when not given.")
     ] = None,
-    method: Annotated[str, typer.Option(help="`scorer`, `cosine`, `random` or `tome`.")] = "scorer",
+    method: Annotated[str, typer.Option(help="`scorer`, `cosine`, `random`, `tome` or `none`.")] = "scorer",
     compare: Annotated[str | None, typer.Option(help="Another method, drawn below the first.")] = None,
     num_frames: Annotated[
         int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
@@ -141,8 +144,13 @@ def visualize(
     """
     with readable_errors():
         hide_progress_off_terminal()
-        if output.suffix not in (".png", ".mp4"):
+        is_picture = output.suffix.lower() == ".png"
+        if not is_picture and output.suffix.lower() != ".mp4":
             raise ValueError(f"--output {output} must end in .png or .mp4.")
+        if output.is_dir() or output.resolve() == Path(video).resolve():
+            raise ValueError(f"--output {output} is a directory or the video itself; name another file.")
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"There is no directory {output.parent} for --output {output}; make it first.")
         from .processing_stts_molmo import STTSMolmoProcessor
         from .visualization import save_mp4, save_png
         from .visualization import visualize as draw
@@ -150,7 +158,6 @@ def visualize(
         require_stts(model)
         processor = STTSMolmoProcessor.from_pretrained(model)
         methods = (method,) if compare is None else (method, compare)
-        is_picture = output.suffix == ".png"
         images = draw(
             load_model(model, find_device("auto"), "auto"),
             processor,
@@ -217,7 +224,7 @@ def convert(
             convert_checkpoint(source, destination, stts_config, progress=show)
         finally:
             bar.stop()
-    typer.echo(f"Wrote {destination}. Next: stts-molmo inspect {destination}")
+    typer.echo(f"Wrote {destination}. Next: stts-molmo inspect {shlex.quote(str(destination))}")
 
 
 @app.command()
@@ -337,7 +344,7 @@ def find_device(name: str) -> "torch.device":
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch raises one or the other, by build
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); use `cpu`, or leave it out.") from error
 
 
@@ -381,7 +388,16 @@ def read_config(checkpoint: str) -> "Molmo2Config | STTSMolmoConfig":
 
     from .configuration_stts_molmo import STTSMolmoConfig
 
-    values, _ = STTSMolmoConfig.get_config_dict(checkpoint)
+    if checkpoint.startswith((".", "/", "~")) and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"There is no directory {checkpoint}; check the path.")
+    try:
+        values, _ = STTSMolmoConfig.get_config_dict(checkpoint)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{checkpoint} is no directory here that holds a checkpoint, and cannot be read from the Hub: {error}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The config.json of {checkpoint} is no JSON object; fetch it again.")
     model_type = values.get("model_type")
     config_class = {"stts_molmo": STTSMolmoConfig, "molmo2": Molmo2Config}.get(model_type)
     if config_class is None:
@@ -429,7 +445,8 @@ def describe_checkpoint(checkpoint: str) -> dict[str, str]:
     lines = {
         "checkpoint": checkpoint,
         "kind": "STTS on Molmo2" if is_stts else f"plain Molmo2; for STTS: stts-molmo convert {checkpoint} DST",
-        "parameters": f"{sum(sizes.values()):,} ({str(config.dtype).removeprefix('torch.')})",
+        "parameters": f"{sum(sizes.values()):,}"
+        + (f" ({str(config.dtype).removeprefix('torch.')})" if config.dtype else ""),
         "scorer": f"{scorer:,} parameters" if scorer else "none",
     }
     if is_stts:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,9 @@ def convert_checkpoint(
         FileNotFoundError: `source` is neither a directory nor a reachable Hub repository, or lacks files.
         ValueError: `source` is no Molmo2 checkpoint, is damaged or incomplete, or does not go with `stts_config`.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()
+    if destination == Path.cwd():
+        raise FileExistsError(f"{destination} is the current directory; name a new one below it.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty directory; choose another or remove it.")
     source = _fetch(source, revision)
@@ -120,11 +123,14 @@ def _fetch(source: str | os.PathLike, revision: str | None) -> Path:
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing, so {file.parent} is not a Transformers checkpoint.") from error
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected a JSON object; fetch it again.")
+    return content
 
 
 def _read_config(source: Path) -> dict:
@@ -217,6 +223,7 @@ def _write_weights(
     if scorer_file.exists():
         with safe_open(scorer_file, framework="pt") as scorer:
             weight_map |= dict.fromkeys(scorer.keys(), names[-1])
+        shutil.copymode(folder / names[0], scorer_file)  # safetensors lets nobody but the owner read
         scorer_file.rename(folder / names[-1])
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,9 @@
 """What was kept, to look at: frames with dropped blocks dimmed above the scores that decided (Figures 1 and 7)."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -16,6 +19,7 @@ TILE = 162  # pixels of a drawn frame's side
 GAP = 6
 LABEL_HEIGHT = 16
 DIMMED = 0.25  # brightness of a dropped block
+UNSCORED = 0.75  # grey
 
 
 @torch.no_grad()
@@ -75,18 +79,19 @@ def draw_frames(
     frames: np.ndarray, features: STTSMolmoVideoFeatures, grid: tuple[int, int]
 ) -> list[tuple[Image.Image, Image.Image]]:
     """
-    Per frame: the frame with dropped blocks dimmed, and its scores as colours from dark (0) to bright (the highest).
+    Per frame: the frame with dropped blocks dimmed, and its scores as colours from dark (0) to bright (the highest);
+    grey where there is none, as in the first frame, which is kept whole (section 3.1), and for `"tome"`.
 
     Args:
         frames: uint8 `(frames, side, side, 3)`.
-        features: `keep_mask` and `token_scores`, both `(frames, P)`.
+        features: `keep_mask` and `token_scores`, both `(frames, P)`; the scores may be `None`.
         grid: rows and columns of tokens in a frame.
     """
     keep = features.keep_mask.cpu().float().view(-1, *grid).numpy()
-    scores = features.token_scores
-    scores = (np.zeros_like(keep) if scores is None else scores.cpu().view(-1, *grid).numpy()).copy()
-    scores[0] = 0  # never looked at: the first frame is kept whole (section 3.1)
-    colors = matplotlib.colormaps["viridis"](scores / max(scores.max(), 1e-6))[..., :3]
+    colors = np.full((*keep.shape, 3), UNSCORED)
+    if features.token_scores is not None:
+        scores = features.token_scores[1:].cpu().unflatten(1, grid).numpy()
+        colors[1:] = matplotlib.colormaps["viridis"](scores / max(scores.max(initial=0), 1e-6))[..., :3]
     tiles = []
     for frame, kept, color in zip(frames, keep, colors, strict=True):
         size = (TILE, TILE)
@@ -115,6 +120,16 @@ def compose(
     return sheet
 
 
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write to, which becomes `path` at the end; if writing fails, `path` is as it was."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        draft = Path(scratch) / path.name
+        yield draft
+        os.replace(draft, path)
+
+
 def save_png(images: Sequence[Image.Image], path: str | Path) -> None:
     """Write the images below each other."""
     sheet = Image.new("RGB", (images[0].width, sum(image.height for image in images)), "white")
@@ -122,12 +137,13 @@ def save_png(images: Sequence[Image.Image], path: str | Path) -> None:
     for image in images:
         sheet.paste(image, (0, top))
         top += image.height
-    sheet.save(path)
+    with written_whole(path) as draft:
+        sheet.save(draft)
 
 
 def save_mp4(images: Sequence[Image.Image], path: str | Path, fps: int = 2) -> None:
     """Write the images as a video, `fps` a second."""
-    with av.open(str(path), "w") as container:
+    with written_whole(path) as draft, av.open(str(draft), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height = (side - side % 2 for side in images[0].size)  # H.264 wants even sides
         stream.pix_fmt = "yuv420p"

@@ -93,6 +93,11 @@ def test_ask_json_is_one_object_in_a_fresh_process(clip):
     assert all(value > 0 for value in result["seconds"].values())
 
 
+def test_answers_of_the_bundled_model_come_with_a_warning(clip, checkpoint):
+    assert "toy model" in run("ask", clip, QUESTION, "--max-new-tokens", 3).stderr
+    assert "toy model" not in run("ask", clip, QUESTION, "--max-new-tokens", 3, "--model", checkpoint).stderr
+
+
 def test_ask_resizes_frames_on_the_device_of_the_model(clip, monkeypatch):
     devices, preprocess = [], STTSMolmoVideoProcessor.preprocess
 
@@ -179,11 +184,33 @@ def test_inspect_loads_no_weights(checkpoint):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# visualize
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kept.PNG", "kept.mp4"])
+def test_visualize_writes_a_picture_or_a_video(clip, tmp_path, name):
+    result = run("visualize", clip, "-o", tmp_path / name, "--compare", "tome", "--num-frames", 3)
+    assert result.exit_code == 0, result.output
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).stat().st_size > 1000
+
+
+def test_visualize_refuses_an_output_that_would_lose_something(clip, tmp_path):
+    before = clip.read_bytes()
+    assert_readable_error(run("visualize", clip, "-o", clip), "the video itself")
+    assert clip.read_bytes() == before
+    (tmp_path / "folder.png").mkdir()
+    assert_readable_error(run("visualize", clip, "-o", tmp_path / "folder.png"), "directory")
+    assert_readable_error(run("visualize", clip, "-o", tmp_path / "no/kept.png"), "There is no directory")
+    assert_readable_error(run("visualize", clip, "-o", tmp_path / "kept.gif"), ".png or .mp4")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Help
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["ask", "convert", "inspect"])
+@pytest.mark.parametrize("command", ["ask", "visualize", "convert", "inspect"])
 def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -279,7 +306,8 @@ def test_option_that_typer_refuses(clip, option):
 
 def test_unknown_model(clip):
     assert_readable_error(run("ask", clip, QUESTION, "--model", "nobody/nothing"))
-    assert_readable_error(run("inspect", "nobody/nothing"))
+    assert_readable_error(run("inspect", "nobody/nothing"), "no directory here", "Hub")
+    assert_readable_error(run("inspect", "./nothing"), "There is no directory ./nothing")
     assert_readable_error(run("convert", "nobody/nothing", "never-written"), "nobody/nothing")
     assert not Path("never-written").exists()
 
@@ -311,6 +339,9 @@ def test_invalid_config(checkpoint):
     assert_readable_error(run("inspect", checkpoint), "prune_ratio=2")
     edit_config(checkpoint, stts_config={"prune_ratio": 0.5}, image_patch_id="many")
     assert_readable_error(run("inspect", checkpoint), "image_patch_id")
+    (checkpoint / "config.json").write_text("[1]")
+    for command in (["inspect", checkpoint], ["convert", checkpoint, "never-written"]):
+        assert_readable_error(run(*command), "config.json", "JSON object")
 
 
 def test_convert_refuses_what_it_cannot_do(molmo2, checkpoint, tmp_path):

@@ -454,3 +454,19 @@ def test_empty_destination_is_filled(source, tmp_path):
     convert_checkpoint(source, tmp_path / "stts", KNOBS)
     with safe_open(tmp_path / "stts" / "model-00002-of-00002.safetensors", framework="pt") as shard:
         assert all("token_scorer" in name for name in shard.keys())
+
+
+def test_destination_may_be_a_link_but_not_the_current_directory(source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="is the current directory"):
+        convert_checkpoint(source, ".", {"prune_layer": 1})
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint(source, "link", {"prune_layer": 1})
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "here" / "config.json").is_file()
+
+
+def test_all_weight_files_can_be_read_by_the_same_people(source, tmp_path):
+    folder = convert_checkpoint(source, tmp_path / "new", {"prune_layer": 1})
+    assert len({file.stat().st_mode for file in folder.glob("*.safetensors")}) == 1

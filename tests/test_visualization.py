@@ -1,3 +1,5 @@
+import os
+
 import av
 import numpy as np
 import pytest
@@ -39,6 +41,23 @@ def test_dropped_blocks_are_dark_and_kept_ones_are_not():
     assert np.asarray(first).min() >= 199
     assert second.getpixel((quarter, quarter))[0] >= 199 > 60 > second.getpixel((far, quarter))[0]
     assert sum(heat.getpixel((quarter, 5))) > sum(heat.getpixel((far, 5)))  # 0.9 is brighter than 0.1
+
+
+@pytest.mark.parametrize("scores", [torch.rand(2, 4), None], ids=["scored", "merged"])
+def test_what_has_no_score_is_grey(scores):
+    features = STTSMolmoVideoFeatures(keep_mask=torch.ones(2, 4, dtype=torch.bool), token_scores=scores)
+    (_, first), (_, second) = draw_frames(clip(2), features, (2, 2))
+    is_grey = [np.ptp(np.asarray(heat), axis=-1).max() == 0 for heat in (first, second)]
+    assert is_grey == [True, scores is None]
+
+
+@pytest.mark.parametrize(("save", "name"), [(save_png, "kept.png"), (save_mp4, "kept.mp4")])
+def test_a_failed_write_leaves_the_old_file(save, name, tmp_path):
+    (tmp_path / name).write_bytes(b"old")
+    images = [Image.new("RGB", (32, 32)), None]
+    with pytest.raises(AttributeError):
+        save(images, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"old" and os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("suffix", ["png", "mp4"])

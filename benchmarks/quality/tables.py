@@ -106,7 +106,7 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 def accuracy_table(study: Study, title: str, rows: dict[str, str], against: str) -> str:
     """A table of rows `{name shown: row}`, each beside the paper's and with its distance to the row `against`."""
-    header = ["", "short", "long", "average", f"average against {against}", "paper: short / long / average"]
+    header = ["", "short", "long", "average", f"difference from {against}", "paper: short / long / average"]
     lines = [
         [shown, *study.cells(row), "" if row == against else study.gap(row, against), paper_of(row)]
         for shown, row in rows.items()
