@@ -1,5 +1,7 @@
 """Configuration of STTS (Spatio-Temporal Token Scoring) on Molmo2."""
 
+from numbers import Real
+
 from huggingface_hub.dataclasses import strict
 from transformers import Molmo2Config
 from transformers.activations import ACT2FN
@@ -17,13 +19,13 @@ AUTO_MAP = {
 
 
 def validate_prune_ratio(prune_ratio: float) -> float:
-    """Return `prune_ratio` if it lies in `[0, 1)`; raise a `ValueError` otherwise."""
-    if not isinstance(prune_ratio, (int, float)) or not 0 <= prune_ratio < 1:
+    """Return `prune_ratio`, of Python or NumPy, if it lies in `[0, 1)`; raise a `ValueError` otherwise."""
+    if not isinstance(prune_ratio, Real) or not 0 <= prune_ratio < 1:
         raise ValueError(
             f"prune_ratio={prune_ratio!r} must be a number in [0, 1): the share of a video's tokens to drop. "
             "Use 0 to keep every token, 0.5 to drop half of them; for no video at all leave the video out."
         )
-    return prune_ratio
+    return float(str(prune_ratio))  # by its digits: float32's 0.3 is 0.3, not 0.30000001
 
 
 def validate_method(method: str) -> str:
@@ -35,6 +37,25 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def validate_layers(config: "STTSMolmoConfig") -> None:
+    """Raise a `ValueError` if `prune_layer` does not go with the ViT's layers or with those that the adapter reads."""
+    num_layers = config.vision_config.num_hidden_layers
+    prune_layer = config.stts_config.prune_layer
+    if prune_layer + 2 >= num_layers:
+        raise ValueError(
+            f"prune_layer={prune_layer} needs at least two ViT layers after it (one that takes the scores as "
+            f"bias, one that runs on the survivors), but the ViT has {num_layers} layers; "
+            f"use prune_layer <= {num_layers - 3}."
+        )
+    for layer in config.adapter_config.vision_feature_layer:
+        if layer % num_layers <= prune_layer + 1:
+            raise ValueError(
+                f"adapter_config.vision_feature_layer={config.adapter_config.vision_feature_layer} reads layer "
+                f"{layer}, which is not after prune_layer + 1 = {prune_layer + 1}: its output still holds the "
+                "tokens to be pruned. Lower prune_layer or read later layers."
+            )
 
 
 @strict
@@ -53,9 +74,9 @@ class STTSConfig(PreTrainedConfig):
             frame instead of dropping them (appendix C); `"none"` prunes nothing.
         score_bias (`str`, defaults to `"log"`): `"log"` is `log(score)` (section 3.2); `"rescaled_log"` first
             rescales the scores of each row of patches to `[exp(-2), 1]`, as the authors' public code does.
-        refill_lone_frames (`bool`, defaults to `False`): give a frame that sits alone in its first-fit-descending
-            bin all its patches back as attention context, as the authors' code does. The tokens the LLM sees are
-            the same.
+        refill_lone_frames (`bool`, defaults to `False`): give a frame that shares no first-fit-descending bin with
+            another one of its video all its patches back as attention context, as the authors' code does. The tokens
+            the LLM sees are the same.
         aux_target (`str`, defaults to `"pooled"`): what the auxiliary loss compares between neighbouring frames, a
             block's pooled feature (section 3.4) or its concatenated `"patches"` (authors' code). Pooled lost less
             in our study (benchmarks/results/quality_tables.md).
@@ -127,7 +148,8 @@ class STTSMolmoConfig(Molmo2Config):
     A [`Molmo2Config`] that carries an [`STTSConfig`].
 
     Args:
-        stts_config (`STTSConfig` or `dict`, *optional*): knobs of scoring and pruning; defaults when not given.
+        stts_config (`STTSConfig` or `dict`, *optional*): knobs of scoring and pruning; defaults when not given. On
+            a loaded model change its fields; another object in its place would reach only parts of the model.
             All other arguments are those of [`Molmo2Config`].
 
     Raises:
@@ -166,21 +188,7 @@ class STTSMolmoConfig(Molmo2Config):
         super().__post_init__(**kwargs)
         # Saving adds one entry per class at most; a model class that several Auto classes load needs them all.
         self.auto_map = dict(AUTO_MAP)
-        num_layers = self.vision_config.num_hidden_layers
-        prune_layer = self.stts_config.prune_layer
-        if prune_layer + 2 >= num_layers:
-            raise ValueError(
-                f"prune_layer={prune_layer} needs at least two ViT layers after it (one that takes the scores as "
-                f"bias, one that runs on the survivors), but the ViT has {num_layers} layers; "
-                f"use prune_layer <= {num_layers - 3}."
-            )
-        for layer in self.adapter_config.vision_feature_layer:
-            if layer % num_layers <= prune_layer + 1:
-                raise ValueError(
-                    f"adapter_config.vision_feature_layer={self.adapter_config.vision_feature_layer} reads layer "
-                    f"{layer}, which is not after prune_layer + 1 = {prune_layer + 1}: its output still holds the "
-                    "tokens to be pruned. Lower prune_layer or read later layers."
-                )
+        validate_layers(self)
 
 
 STTSMolmoConfig.register_for_auto_class()

@@ -79,6 +79,9 @@ def convert_checkpoint(
     config = _read_config(source)
     tensor_files = _locate_tensors(source)
     renames = {name: ours for name in tensor_files if (ours := rename_authors_tensor(name)) != name}
+    unknown = set() if isinstance(stts_config, STTSConfig) else set(stts_config or {}) - set(STTSConfig.__annotations__)
+    if unknown:
+        raise ValueError(f"stts_config={stts_config} has no such knob as {min(unknown)!r}; see STTSConfig.")
     if not isinstance(stts_config, STTSConfig):
         stts_config = (STTSConfig.authors if renames else STTSConfig)(**(stts_config or {}))
     model = _load_on_meta(source, config, stts_config, bool(renames))

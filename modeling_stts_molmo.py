@@ -6,6 +6,7 @@ cited as "section n" are those of the paper. Symbols: `F` frames of all videos o
 pooled tokens a frame, `w` pooling window, `D` ViT width, `k` prune ratio.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from transformers.models.molmo2.modeling_molmo2 import (
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 
-from .configuration_stts_molmo import STTSMolmoConfig, validate_method, validate_prune_ratio
+from .configuration_stts_molmo import STTSMolmoConfig, validate_layers, validate_method, validate_prune_ratio
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -409,8 +410,8 @@ def first_fit_descending(counts: Sequence[int], capacity: int) -> Bins:
 
 def refill_lone_frames(keep_mask: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
     """
-    Give each frame that shares its bin with no other frame all its tokens back (authors' code). Frames without a
-    survivor stay empty.
+    Give each frame that shares its bin with no other frame of its video all its tokens back (authors' code). Frames
+    without a survivor stay empty.
 
     Args:
         keep_mask: bool `(frames, P)`.
@@ -418,10 +419,12 @@ def refill_lone_frames(keep_mask: torch.Tensor, layout: VideoLayout) -> torch.Te
     Returns:
         bool `(frames, P)`, the tokens that late layers attend to.
     """
-    counts = ((layout.blocks >= 0).sum(1) * keep_mask).sum(1).tolist()
-    bins = first_fit_descending(counts, layout.num_patches)
-    used = [b for b, count in zip(bins.assignment, counts, strict=True) if count]
-    lone = [count > 0 and used.count(b) == 1 for b, count in zip(bins.assignment, counts, strict=True)]
+    lone = []
+    for video in ((layout.blocks >= 0).sum(1) * keep_mask).sum(1).split(layout.num_frames):
+        counts = video.tolist()
+        bins = first_fit_descending(counts, layout.num_patches)
+        used = [b for b, count in zip(bins.assignment, counts, strict=True) if count]
+        lone += [count > 0 and used.count(b) == 1 for b, count in zip(bins.assignment, counts, strict=True)]
     return keep_mask | torch.tensor(lone, device=keep_mask.device)[:, None]
 
 
@@ -913,6 +916,11 @@ class CompactPrompt(NamedTuple):
             raise ValueError(
                 f"input_ids has {len(input_ids)} rows, but past_key_values was filled with {len(self.input_ids)}."
             )
+        if input_ids.shape[1] <= self.length:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens, but past_key_values holds a prompt of {self.length}; pass "
+                "the whole conversation, the prompt and what came after it."
+            )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.replace_prefix(attention_mask, self.attention_mask)
 
@@ -1142,6 +1150,7 @@ class STTSMolmoModel(Molmo2Model):
     def __init__(self, config: STTSMolmoConfig):
         # Not Molmo2Model.__init__: it would build a plain vision tower first.
         super(Molmo2Model, self).__init__(config)
+        validate_layers(config)  # `from_pretrained` sets overrides on a config that is made already
         self.vision_tower = STTSMolmoVisionModel(
             config.vision_config, config.stts_config, config.adapter_config.vision_feature_layer
         )
@@ -1242,8 +1251,8 @@ class STTSMolmoModel(Molmo2Model):
         **kwargs,
     ) -> STTSMolmoModelOutputWithPast:
         """
-        As [`Molmo2Model.forward`], with videos pruned. Outputs keep the input's length; the cache, if any, holds the
-        surviving positions only.
+        As [`Molmo2Model.forward`], with videos pruned. Hidden states keep the input's length; attentions and the
+        cache, if any, are of the surviving positions only.
 
         Args:
             prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
@@ -1254,6 +1263,7 @@ class STTSMolmoModel(Molmo2Model):
                 an attention implementation that cannot let vision tokens see each other.
         """
         self._check_attention(mm_token_type_ids)
+        _check_media(pixel_values, pixel_values_videos)
         if pixel_values_videos is not None and mm_encoder_outputs is None:
             video = self.get_video_features(pixel_values_videos, video_token_pooling, video_grids, prune_ratio, method)
             mm_encoder_outputs, pixel_values_videos = {"video": video}, None
@@ -1268,6 +1278,9 @@ class STTSMolmoModel(Molmo2Model):
             "mm_token_type_ids": mm_token_type_ids,
             "inputs_embeds": inputs_embeds,
         }
+        if position_ids is not None and inputs["attention_mask"] is not attention_mask:
+            num_dropped = attention_mask.sum(1) - inputs["attention_mask"].sum(1)
+            inputs["position_ids"] = position_ids - num_dropped[:, None]
         compaction = None
         if keep_mask is not None:
             compaction = self._plan_compaction(input_ids, inputs_embeds, attention_mask, video)
@@ -1362,8 +1375,8 @@ class STTSMolmoModel(Molmo2Model):
                 "(batch, sequence), from which the mask of the shorter sequence is made."
             )
         if input_ids is None:
-            image_embedding = self.get_input_embeddings().weight[self.config.image_token_id]
-            placeholders = (inputs_embeds == image_embedding).all(-1)
+            image_token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+            placeholders = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         else:
             placeholders = input_ids == self.config.image_token_id
         attended = torch.ones_like(placeholders) if attention_mask is None else attention_mask.bool()
@@ -1393,7 +1406,7 @@ class STTSMolmoModel(Molmo2Model):
             inputs: `input_ids` or `inputs_embeds`, and any of `attention_mask`, `position_ids` and
                 `mm_token_type_ids`; the others are `None`.
         """
-        compacted = {name: None for name in inputs}
+        compacted = dict.fromkeys(inputs)
         attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
         if inputs["input_ids"] is not None:
             padding = getattr(self.config.text_config, "pad_token_id", None) or 0
@@ -1416,18 +1429,30 @@ class STTSMolmoModel(Molmo2Model):
         return compacted
 
 
+def _check_media(pixel_values: torch.Tensor | None, pixel_values_videos: torch.Tensor | None):
+    if pixel_values is not None and pixel_values_videos is not None:
+        raise ValueError(
+            "pixel_values and pixel_values_videos are provided at the same time; Molmo2 takes batches of images or of "
+            "videos, not of both."
+        )
+
+
 def _cached_prompt(cache: Cache | None) -> CompactPrompt | None:
-    """The compacted prompt that `cache` was filled from; a cache that was reset has none."""
+    """The compacted prompt that `cache` was filled from; one that was reset has none, and forgets that it had."""
     prompt = getattr(cache, "stts_prompt", None)
-    return prompt if prompt is not None and cache.get_seq_length() else None
+    if prompt is not None and not cache.get_seq_length():
+        cache.stts_prompt = prompt = None
+    return prompt
 
 
 def _compact_cached_prompt(
     attention_mask: torch.Tensor | None, past_key_values: Cache | None, num_new: int
 ) -> torch.Tensor | None:
     """Give a mask over the user's whole sequence the length of a cache that holds a compacted prompt."""
+    if attention_mask is None or attention_mask.ndim != 2:  # first: compiled decoding must not ask for the length
+        return attention_mask
     prompt = _cached_prompt(past_key_values)
-    if prompt is None or attention_mask is None or attention_mask.ndim != 2:
+    if prompt is None:
         return attention_mask
     if attention_mask.shape[1] == past_key_values.get_seq_length() + num_new:  # `generate` did it already
         return attention_mask
@@ -1576,7 +1601,8 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         the full prompt.
 
         Args:
-            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
+            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`]; without effect on a video that was encoded
+                before and comes as `mm_encoder_outputs={"video": features}`.
 
         A cache that comes back from a call can be passed to the next turn together with the whole conversation's
         `input_ids` and `attention_mask`, without the pixels.
@@ -1594,7 +1620,10 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         }
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         video_inputs = {name: kwargs.pop(name, None) for name in VIDEO_INPUTS}
-        has_video = video_inputs["pixel_values_videos"] is not None
+        _check_media(kwargs.get("pixel_values"), video_inputs["pixel_values_videos"])
+        video = (kwargs.get("mm_encoder_outputs") or {}).get("video")
+        is_encoded = getattr(video, "keep_mask", None) is not None
+        has_video = is_encoded or video_inputs["pixel_values_videos"] is not None
         cache = kwargs.get("past_key_values")
         cached_prompt = _cached_prompt(cache)
 
@@ -1608,8 +1637,13 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
 
         prompt = cached_prompt
         if has_video:
-            video = self.model.get_video_features(**video_inputs, prune_ratio=prune_ratio, method=method)
+            if not is_encoded:
+                video = self.model.get_video_features(**video_inputs, prune_ratio=prune_ratio, method=method)
             attention_mask = kwargs.get("attention_mask")
+            if attention_mask is None:
+                attention_mask = kwargs["attention_mask"] = self._infer_attention_mask(
+                    input_ids, generation_config, kwargs
+                )
             compaction = self.model._plan_compaction(input_ids, None, attention_mask, video, padding_side="left")
             # A copy: `generate` repeats its `pooler_output` in place for beams.
             tokens = BaseModelOutputWithPooling if compaction is None else STTSMolmoPrunedTokens
@@ -1629,7 +1663,8 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
             return super().generate(input_ids, **arguments, **callbacks, **kwargs)
 
         view = FullPromptView(input_ids, prompt)
-        self._translate_lengths(arguments["generation_config"], kwargs, view.num_dropped)
+        arguments["generation_config"] = generation_config = copy.deepcopy(generation_config)
+        self._translate_lengths(generation_config, kwargs, view.num_dropped)
         outputs = super().generate(view.compact_ids, **arguments, **view.wrap(**callbacks), **kwargs)
         if isinstance(outputs, torch.Tensor):
             sequences = outputs = view.restore(outputs)
@@ -1641,12 +1676,28 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         return outputs
 
     def _translate_lengths(self, generation_config, kwargs: dict, num_dropped: int):
-        """`max_length` and `min_length` count the full prompt; put in `kwargs` what they are for the short one."""
+        """`max_length` and `min_length` count the full prompt; make them count the short one, where they are given."""
         for name in ("max_length", "min_length"):
-            sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
-            length = next((value for value in sources if value is not None), None)
-            if length:
+            length = self._generation_setting(name, generation_config, kwargs)
+            if length and (generation_config is None or name in kwargs):
                 kwargs[name] = max(length - num_dropped, 0)
+            elif length:
+                setattr(generation_config, name, max(length - num_dropped, 0))
+
+    def _generation_setting(self, name: str, generation_config, kwargs: dict):
+        """What `generate` takes for `name`: from its arguments, the config passed, or the model's own."""
+        sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
+        return next((value for value in sources if value is not None), None)
+
+    def _infer_attention_mask(self, input_ids: torch.Tensor, generation_config, kwargs: dict) -> torch.Tensor | None:
+        """As `generate` does natively: padding is what no sequence ends with; `None` without padding."""
+        pad, eos = (
+            self._generation_setting(name, generation_config, kwargs) for name in ("pad_token_id", "eos_token_id")
+        )
+        is_eos = pad in eos if isinstance(eos, (list, tuple)) else pad == eos
+        if pad is None or is_eos or not (input_ids == pad).any():
+            return None
+        return (input_ids != pad).long()
 
 
 def labelled_states(

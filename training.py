@@ -165,7 +165,15 @@ def log_aux_loss(trainer: Trainer) -> None:
     """
     Add `aux_loss` to the training logs of `trainer`: the unweighted auxiliary loss (section 3.4), averaged like the
     loss over the steps and processes since the last log. Steps without a pruned video do not count.
+
+    Raises:
+        ValueError: `trainer` computes a loss of its own, in which there is no auxiliary one.
     """
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        raise ValueError(
+            "With label_smoothing_factor or compute_loss_func the Trainer computes a loss of its own, without the "
+            "auxiliary one, and the scorer learns from the bias alone; leave them out."
+        )
     # In front of the reporters (TensorBoard, wandb, ...), so that they see the value too.
     trainer.callback_handler.callbacks.insert(0, _AuxLossCallback(trainer))
 

@@ -62,6 +62,8 @@ def plot_growth(axes, records: list[dict]):
     limit = [(count, seconds / limits[count]) for count, seconds in whole.items() if count in limits]
     axes.plot(*zip(*limit, strict=True), "k--", label="k=0.5 by operation count")
     axes.set(xscale="log", yscale="log", xlabel="frames", ylabel="seconds of a prefill")
+    axes.minorticks_off()
+    axes.set_xticks(list(whole), list(whole))
     axes.legend(fontsize="small")
 
 

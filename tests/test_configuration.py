@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
-from conftest import config_dict
-from stts_molmo.configuration_stts_molmo import STTSConfig, STTSMolmoConfig
+from conftest import config_dict, make_model
+from stts_molmo.configuration_stts_molmo import STTSConfig, STTSMolmoConfig, validate_prune_ratio
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 
 
 def test_defaults_are_the_papers_settings():
@@ -50,3 +52,14 @@ def test_bad_values_are_refused_with_value_and_bound(stts_config, value, bound):
     with pytest.raises(ValueError) as error:
         STTSMolmoConfig(**config_dict(**stts_config))
     assert value in str(error.value) and bound in str(error.value)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.3), np.float64(0.3), 0.3])
+def test_a_ratio_is_the_decimal_that_it_is_written_as(number):
+    assert validate_prune_ratio(number) == 0.3
+
+
+def test_overrides_at_loading_are_checked(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not after prune_layer"):
+        STTSMolmoForConditionalGeneration.from_pretrained(tmp_path, stts_config={"prune_layer": 2})

@@ -424,7 +424,9 @@ def test_failure_is_explained_and_leaves_nothing(source, tmp_path, breakage, err
     assert set(os.listdir(tmp_path)) <= {"source"}
 
 
-@pytest.mark.parametrize("knobs", [{"prune_layer": 3}, {"prune_ratio": 1.0}, {"method": "magic"}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{"prune_layer": 3}, {"prune_ratio": 1.0}, {"method": "magic"}, {"prune_ration": 0.3}], ids=str
+)
 def test_bad_knobs_are_refused(source, tmp_path, knobs):
     with pytest.raises(ValueError, match=next(iter(knobs))):
         convert_checkpoint(source, tmp_path / "stts", knobs)

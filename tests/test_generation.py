@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, make_inputs, make_model, make_native
+from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS, _compact_cached_prompt
 from test_model import BATCH, CASES, solo
 from transformers import (
     DynamicCache,
@@ -15,6 +16,7 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
 )
+from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -330,3 +332,66 @@ def test_the_patches_of_the_video_are_not_kept_while_tokens_are_generated(prune_
     monkeypatch.setattr(model.model, "get_video_features", encode_and_watch)
     model.generate(**make_inputs([6]), **GREEDY, prune_ratio=prune_ratio, logits_processor=[Watch()])
     assert alive == [False] * GREEDY["max_new_tokens"]
+
+
+@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_a_video_encoded_before_is_answered_as_the_video(options):
+    model, inputs = make_model(), make_inputs([4, 6])
+    video = {name: inputs.pop(name) for name in VIDEO_INPUTS}
+    expected = model.generate(**inputs, **video, **options)
+    features = model.model.get_video_features(**video)
+    for _ in range(2):  # and can be asked again
+        outputs = model.generate(**inputs, mm_encoder_outputs={"video": features}, **options)
+        assert torch.equal(outputs, expected)
+
+
+@pytest.mark.parametrize("second", [[None, None], [1, 1]], ids=["text", "one frame"])
+def test_a_cache_that_was_reset_has_forgotten_its_video(second):
+    model = make_model()
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
+    options = {**GREEDY, "disable_compile": True}
+    model.generate(**make_inputs([4, 6]), **options, past_key_values=cache)
+    cache.reset()
+    inputs = make_inputs(second)
+    first = model.generate(**inputs, **options, past_key_values=cache)
+    conversation = torch.cat([first, torch.tensor([[5, 6], [7, 8]])], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, conversation.shape[1] - inputs["input_ids"].shape[1])], 1)
+    again = {"input_ids": conversation, "attention_mask": mask.long()}
+    expected = model.generate(**{**inputs, **again, "mm_token_type_ids": None}, **options)
+    assert torch.equal(model.generate(**again, **options, past_key_values=cache), expected)
+
+
+def test_a_missing_mask_is_inferred_from_the_padding():
+    model, inputs = make_model(), make_inputs([4, 6])
+    settings = {**GREEDY, "pad_token_id": 0, "eos_token_id": 63}
+    expected = model.generate(**inputs, **settings)
+    del inputs["attention_mask"]
+    assert torch.equal(model.generate(**inputs, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_length"])
+def test_lengths_in_a_passed_config_warn_of_nothing(name, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(utils.logger, "warning_once", warnings.append)
+    inputs = make_inputs([4])
+    limits = {"max_length": inputs["input_ids"].shape[1] + 5, name: inputs["input_ids"].shape[1] + 5}
+    config = GenerationConfig(**limits, do_sample=False)
+    outputs = make_model().generate(**inputs, generation_config=config)
+    assert outputs.shape[1] == limits["max_length"]
+    assert {key: getattr(config, key) for key in limits} == limits  # the caller's own is left alone
+    assert not warnings
+
+
+def test_a_later_turn_needs_the_whole_conversation():
+    model, inputs = make_model(), make_inputs([4])
+    cache = model.generate(**inputs, **GREEDY, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="the whole conversation"):
+        model.generate(torch.tensor([[5, 6]]), **GREEDY, past_key_values=cache)
+
+
+def test_compiled_decoding_does_not_ask_a_used_cache_for_its_length():
+    model, mask = make_model(), torch.ones(2, 1, 1, 100, dtype=torch.bool)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
+    model.generate(**make_inputs([4, 6]), **GREEDY, past_key_values=cache, disable_compile=True)
+    compiled = torch.compile(lambda x: _compact_cached_prompt(x, cache, 1), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(mask), mask)

@@ -158,6 +158,17 @@ def test_a_batch_equals_one_by_one(method, side, attn):
 
 
 @torch.no_grad()
+def test_a_batch_equals_one_by_one_with_refilled_frames():
+    num_frames = [4, 6, 3, 5]
+    model, inputs = make_model(refill_lone_frames=True), make_inputs(num_frames)
+    batch = model(**inputs)
+    for row in range(len(num_frames)):
+        alone = model(**solo(inputs, row, num_frames))
+        logits = batch.logits[row, inputs["attention_mask"][row].bool()]
+        torch.testing.assert_close(logits, alone.logits[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_video_does_not_leak_into_another():
     model, inputs = make_model(), make_inputs([4, 6, 3])
     before = model(**inputs)
@@ -315,19 +326,23 @@ def test_two_threads_share_a_model():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("past", [True, False], ids=["cache", "no cache"])
-def test_decoding_by_hand_with_the_returned_cache(past):
-    """A loop over `forward` may keep masks of the full length."""
+@pytest.mark.parametrize(
+    ("past", "positions"), [(True, True), (True, False), (False, False)], ids=["cache, positions", "cache", "no cache"]
+)
+def test_decoding_by_hand_with_the_returned_cache(past, positions):
+    """A loop over `forward` may keep masks and positions of the full length."""
     model, inputs = make_model(), make_inputs([4, 6])
-    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    outputs = model(**inputs, use_cache=past)
-    for step in range(4):
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    given = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)} if positions else {}
+    outputs = model(**inputs, **given, use_cache=past)
+    for step in range(8):
         token = outputs.logits[:, -1].argmax(-1, keepdim=True)
         assert torch.equal(token[:, 0], generated[:, step])
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
         if past:
             inputs["attention_mask"] = mask
-            outputs = model(input_ids=token, attention_mask=mask, past_key_values=outputs.past_key_values)
+            given = {"position_ids": mask.cumsum(1)[:, -1:] - 1} if positions else {}
+            outputs = model(input_ids=token, attention_mask=mask, past_key_values=outputs.past_key_values, **given)
         else:
             inputs |= {
                 "input_ids": torch.cat([inputs["input_ids"], token], dim=1),
@@ -373,6 +388,7 @@ def test_positions_close_gaps_sample_by_sample():
         (lambda i: i | {"video_grids": torch.tensor([[2, 2, 2], [4, 1, 2]])}, "mixes grids"),
         (lambda i: i | video_tensors([4], window=2), "pools 4 patches into a token"),
         (lambda i: i | {"attention_mask": torch.ones(1, 1, 29, 29)}, "needs a 2D mask"),
+        (lambda i: i | {"pixel_values": i["pixel_values_videos"]}, "images or of videos, not of both"),
     ],
 )
 def test_bad_input_is_refused(change, message):
@@ -381,8 +397,9 @@ def test_bad_input_is_refused(change, message):
     inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, -length:]
     if inputs["attention_mask"].ndim == 2:
         inputs["attention_mask"] = inputs["attention_mask"][:, -length:]
-    with pytest.raises(ValueError, match=message):
-        make_model()(**inputs)
+    for call in (make_model(), make_model().generate):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs)
 
 
 def test_flash_attention_that_would_turn_vision_causal_is_refused():

@@ -254,6 +254,13 @@ class Reporter(TrainerCallback):
         self.logs.append(dict(logs))
 
 
+@pytest.mark.parametrize("own_loss", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": len}], ids=str)
+def test_a_trainer_with_a_loss_of_its_own_is_refused(own_loss, tmp_path):
+    trainer = make_trainer(make_tokenized_model(), [example("Which shape?", "ring")], tmp_path, **own_loss)
+    with pytest.raises(ValueError, match="without the auxiliary one"):
+        log_aux_loss(trainer)
+
+
 def test_aux_loss_is_logged(tmp_path):
     model, reporter = make_tokenized_model(), Reporter()
     rows = [example("Which shape?", "ring"), example("What color?", "red", video=None)]
