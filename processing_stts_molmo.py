@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
+from urllib.request import url2pathname
 
 import av
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
@@ -42,6 +44,9 @@ TIME_TOLERANCE = 1e-6  # seconds
 
 # A jump empties the decoder's threads, which costs about as much as decoding this many frames.
 MIN_FRAMES_TO_JUMP = 8
+
+# Formats that FFmpeg reads by opening the files which a text names, wherever those are.
+PLAYLISTS = ("concat", "dash", "hls")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +88,10 @@ def sample_frame_times(duration: float, num_frames: int | None = 64, fps: float 
     """
     if num_frames is None and fps is None:
         raise ValueError("Cannot sample frames without `num_frames` and `fps`; pass one of them.")
-    if (num_frames is not None and num_frames < 1) or (fps is not None and fps <= 0):
-        raise ValueError(f"num_frames={num_frames} must be at least 1, and fps={fps} more than 0.")
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1.")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"fps={fps} must be more than 0.")
     if fps is not None:
         num_steps = math.ceil(duration * fps)
         if num_frames is None or num_steps + 1 <= num_frames:
@@ -165,28 +172,91 @@ class TimedVideoMetadata(VideoMetadata):
         return self.frame_times[self.frames_indices].tolist()
 
 
+def complete_metadata(metadata: VideoMetadata, num_frames: int, fps: float | None) -> None:
+    """
+    Fill in what the metadata of `num_frames` frames leaves open: that they are all there are, at `fps` a second.
+
+    Raises:
+        ValueError: the metadata is of another number of frames.
+    """
+    if metadata.frames_indices is None:
+        metadata.frames_indices = list(range(num_frames))
+    if len(metadata.frames_indices) != num_frames:
+        raise ValueError(
+            f"The metadata has {len(metadata.frames_indices)} `frames_indices` for a video of {num_frames} frames; "
+            "pass one for each frame."
+        )
+    if getattr(metadata, "frame_times", None) is None:
+        assume_frame_rate(metadata, fps)
+
+
+def assume_frame_rate(metadata: VideoMetadata, fps: float | None) -> None:
+    """Take the frame rate as `fps` or Molmo2's, with a warning, where it is none: OpenCV says 0 for unknown."""
+    if 0 < (metadata.fps or 0) < math.inf:
+        return
+    fps = fps or Molmo2VideoProcessor.max_fps
+    logger.warning_once(
+        f"The frame rate of the video is unknown (fps={metadata.fps}): taking it as {fps} fps, which sets the "
+        "timestamps in the prompt. Pass `video_metadata` with its `fps`."
+    )
+    metadata.fps = fps
+
+
 def wrap_encoded_videos(videos: VideoInput):
     """
     Turn what Transformers' batching of videos does not know into what it does: `os.PathLike` into `str`, bytes and
-    binary file objects into `EncodedVideo`. Strings, frames and arrays stay as they are; lists are searched.
+    binary file objects into `EncodedVideo`, images into RGB. Strings and arrays stay as they are; lists are searched.
 
     Raises:
-        ValueError: something that is no kind of video.
+        ValueError: there is no video, something that is none, or a mixture of files and frames.
     """
+    videos = wrap_video(videos)
+    are_files = {isinstance(leaf, str) for leaf in iterate_leaves(videos)}
+    if not are_files:
+        raise ValueError(f"There is no video in videos={videos}; pass at least one, or None.")
+    if len(are_files) > 1:
+        raise ValueError("Files and frames cannot be mixed in one batch of videos; pass each kind in its own call.")
+    return videos
+
+
+def wrap_video(videos: VideoInput):
     if isinstance(videos, os.PathLike):
         return os.fspath(videos)
     if isinstance(videos, (bytes, bytearray, memoryview)):
         return EncodedVideo(io.BytesIO(videos))
     if hasattr(videos, "read"):
-        return EncodedVideo(videos)
+        return EncodedVideo(seekable(videos))
     if isinstance(videos, (list, tuple)):
-        return [wrap_encoded_videos(video) for video in videos]
+        return [wrap_video(video) for video in videos]
+    if isinstance(videos, Image.Image) and videos.mode != "RGB":
+        return videos.convert("RGB")
     if isinstance(videos, str) or hasattr(videos, "__array__") or hasattr(videos, "__array_interface__"):
         return videos
     raise ValueError(
         f"A video of type {type(videos).__name__} is not supported; pass a path, a URL, bytes, a binary file object, "
         "an array of frames or a list of frames."
     )
+
+
+def iterate_leaves(videos) -> Iterator:
+    if isinstance(videos, list):
+        for video in videos:
+            yield from iterate_leaves(video)
+    else:
+        yield videos
+
+
+def seekable(file: io.IOBase) -> io.IOBase:
+    """
+    The file, or what is left of one that cannot be sought in (a pipe, a connection), in memory.
+
+    Raises:
+        ValueError: the file gives text.
+    """
+    if isinstance(file.read(0), str):
+        raise ValueError(f'The file {getattr(file, "name", file)!r} is open as text; open it in mode "rb".')
+    can_seek = getattr(file, "seekable", lambda: hasattr(file, "seek"))
+    return file if can_seek() else io.BytesIO(file.read())
 
 
 def download(url: str) -> EncodedVideo:
@@ -217,8 +287,9 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.Vid
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not a video, or has no video stream.
+        ValueError: the file is empty, not a video, a playlist of other files, or has no video stream.
     """
+    protocols = "none"  # by which FFmpeg may open what a file names: else an upload could choose a file of ours
     if isinstance(video, EncodedVideo):
         source = video.file
         size = source.seek(0, os.SEEK_END)
@@ -230,16 +301,22 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.Vid
     else:
         source = f"file:{video}"  # the protocol keeps FFmpeg from reading one out of a name like `a:b.mp4`
         size = os.path.getsize(video)
+        protocols = "file"
     if size == 0:
         raise ValueError(f"The video {video!r} is empty (0 bytes); it was probably not written or copied completely.")
+    # A packet cut short by the end of a truncated file counts as absent.
+    options = {"fflags": "+discardcorrupt", "protocol_whitelist": protocols}
     try:
-        # A packet cut short by the end of a truncated file counts as absent.
-        container = av.open(source, container_options={"fflags": "+discardcorrupt"}, metadata_errors="ignore")
+        # Without a mode PyAV takes that of the file object, and would write to one open as "w+b".
+        container = av.open(source, mode="r", container_options=options, metadata_errors="ignore")
     except av.FFmpegError as error:
         raise ValueError(
-            f"{video!r} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or mkv."
+            f"{video!r} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or mkv, "
+            "not a playlist."
         ) from error
     with container:
+        if container.format.name in PLAYLISTS:
+            raise ValueError(f"{video!r} is a playlist of other files, not a video; pass one of these.")
         if container.format.name == "tty":  # FFmpeg would render plain text as a video of a terminal
             raise ValueError(f"{video!r} is a text file, not a video; pass a file such as mp4, webm or mkv.")
         cover = av.stream.Disposition.attached_pic  # the picture of an audio file
@@ -543,12 +620,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
 
         frame_times = getattr(metadata, "frame_times", None)
         if frame_times is None:
-            if metadata.fps is None:
-                metadata.fps = fps or Molmo2VideoProcessor.max_fps
-                logger.warning_once(
-                    f"The frame rate of the video is unknown: taking it as {metadata.fps} fps, which sets the "
-                    "timestamps in the prompt. Pass `video_metadata` with its `fps`."
-                )
+            assume_frame_rate(metadata, fps)
             frame_times = np.arange(metadata.total_num_frames) / metadata.fps
         if len(frame_times) == 0:
             raise ValueError("The video has no frames; pass at least one.")
@@ -567,20 +639,26 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         if isinstance(video_url_or_urls, list):
             clips = [self.fetch_videos(video, sample_indices_fn=sample_indices_fn) for video in video_url_or_urls]
             return list(zip(*clips, strict=True))
-        if video_url_or_urls.startswith(("http://", "https://")):
+        if video_url_or_urls.lower().startswith(("http://", "https://")):
             video = download(video_url_or_urls)
             with video.file:
                 return read_video(video, sample_indices_fn)
+        if video_url_or_urls.lower().startswith("file://"):
+            video_url_or_urls = url2pathname(video_url_or_urls[len("file://") :])
         return read_video(video_url_or_urls, sample_indices_fn)
 
     def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
+        videos = wrap_encoded_videos(videos)
         try:
-            return super()._decode_and_sample_videos(wrap_encoded_videos(videos), *args, **kwargs)
+            videos, video_metadata = super()._decode_and_sample_videos(videos, *args, **kwargs)
         except IndexError as error:
             raise ValueError(
                 f"The frames passed are fewer than their metadata says ({error}). If they are sampled already, pass "
                 "do_sample_frames=False and their `frames_indices` in the metadata."
             ) from error
+        for video, metadata in zip(videos, video_metadata, strict=True):
+            complete_metadata(metadata, len(video), self.max_fps)
+        return videos, video_metadata
 
     def _build_video_patches(self, video: torch.Tensor, **kwargs):
         # Frame by frame: the float copy that the resize makes is then one frame, not the clip. Same values, faster.

@@ -58,7 +58,15 @@ class FinetuneArguments(TrainingArguments):
 def load_chats(name: str, split: str) -> Dataset:
     """Rows `{"messages": chat}` of a JSON Lines file, a folder or a dataset on the Hub."""
     path = Path(name)
+    if path.suffix in (".json", ".jsonl") and not path.is_file():
+        raise FileNotFoundError(f"There is no dataset file {name!r}; check the path.")
     dataset = load_dataset("json", data_files=name, split=split) if path.is_file() else load_dataset(name, split=split)
+    columns = set(dataset.column_names)
+    if "messages" not in columns and not {"question", "answer"} <= columns:
+        raise ValueError(
+            f"The dataset {name!r} has the columns {sorted(columns)}; expected `question`, `answer` and, for rows with "
+            "a video, `video`, or `messages` instead. Rename its columns."
+        )
     for column, feature in dataset.features.items():
         if isinstance(feature, Video):  # the processor decodes, and only the frames it samples
             dataset = dataset.cast_column(column, Video(decode=False))
@@ -79,17 +87,24 @@ def to_chat(row: dict, folder: Path) -> list[dict]:
             else message
             for message in row["messages"]
         ]
-    question = [{"type": "text", "text": row["question"]}]
+    for name in ("question", "answer"):
+        if row[name] is None:
+            pair = {key: row[key] for key in ("question", "answer")}
+            raise ValueError(f"A row has no {name}: {pair}; fill it in or remove the row.")
+    question = [{"type": "text", "text": str(row["question"])}]
     if row.get("video") is not None:
         question.insert(0, locate({"type": "video", "path": row["video"]}, folder))
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["answer"]}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": str(row["answer"])}]
 
 
 def locate(part: dict, folder: Path) -> dict:
-    path = part.get("path")
-    if isinstance(path, dict):  # a column of videos: embedded bytes, or the path of a file
-        return {**part, "path": path["path"] if path["bytes"] is None else path["bytes"]}
-    return part if path is None or "://" in path else {**part, "path": str(folder / path)}
+    return {**part, **{key: locate_file(part[key], folder) for key in ("path", "video", "url") if key in part}}
+
+
+def locate_file(file, folder: Path):
+    if isinstance(file, dict):  # a column of videos: embedded bytes, or the path of a file
+        return file["path"] if file["bytes"] is None else file["bytes"]
+    return str(folder / file) if isinstance(file, str) and "://" not in file else file
 
 
 def main(argv: list[str] | None = None) -> Trainer:

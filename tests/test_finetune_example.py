@@ -204,12 +204,39 @@ def test_rows_of_questions(tmp_path):
     assert chats[3]["messages"][0]["content"][0]["path"] == "/videos/b.mp4"
 
 
-def test_rows_of_chats(tmp_path):
-    parts = [{"type": "video", "path": "a.mp4"}, {"type": "text", "text": "Which?"}]
+def test_numbers_are_answers_too(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", {"question": 1, "answer": 3})
+    user, assistant = finetune.load_chats(str(rows), "train")[0]["messages"]
+    assert user["content"] == [{"type": "text", "text": "1"}] and assistant["content"] == "3"
+
+
+@pytest.mark.parametrize("name", ["question", "answer"])
+def test_row_without_a_question_or_an_answer(tmp_path, name):
+    rows = write_rows(tmp_path / "rows.jsonl", {"question": "Which?", "answer": "ring"} | {name: None})
+    with pytest.raises(ValueError, match=f"A row has no {name}: .*'{name}': None"):
+        finetune.load_chats(str(rows), "train")[0]
+
+
+def test_other_columns(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", {"clip": "a.mp4", "question": "Which?", "label": "ring"})
+    with pytest.raises(ValueError, match=r"columns \['clip', 'label', 'question'\]; expected `question`, `answer`"):
+        finetune.load_chats(str(rows), "train")
+
+
+def test_missing_dataset_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no dataset file .*nofile.jsonl"):
+        finetune.load_chats(str(tmp_path / "nofile.jsonl"), "train")
+
+
+@pytest.mark.parametrize("key", ["path", "video", "url"])
+def test_rows_of_chats(tmp_path, key):
+    parts = [{"type": "video", key: "a.mp4"}, {"type": "video", key: "https://host/b.mp4"}]
+    parts.append({"type": "text", "text": "Which?"})
     answer = {"role": "assistant", "content": [{"type": "text", "text": "ring"}]}
     rows = write_rows(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": parts}, answer]})
     (row,) = finetune.load_chats(str(rows), "train")
-    assert row["messages"][0]["content"][0]["path"] == str(tmp_path / "a.mp4")
+    paths = [part.get(key) for part in row["messages"][0]["content"]]
+    assert paths == [str(tmp_path / "a.mp4"), "https://host/b.mp4", None]
     assert row["messages"][1]["content"][0]["text"] == "ring"
 
 

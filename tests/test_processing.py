@@ -1,9 +1,15 @@
 """From any kind of video to the model's inputs: sampling, pixels, prompts, and what a checkpoint saves."""
 
+import contextlib
+import gzip
 import http.server
+import io
 import json
+import os
 import shutil
+import tempfile
 import threading
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -118,7 +124,12 @@ def test_above_the_cap_sampling_is_uniform():
 
 @pytest.mark.parametrize(
     ("num_frames", "fps", "message"),
-    [(None, None, "pass one of them"), (0, 2, "num_frames=0 must be"), (None, 0, "fps=0 more than 0")],
+    [
+        (None, None, "pass one of them"),
+        (0, 2, r"^num_frames=0 must be at least 1\.$"),
+        (64, 0, r"^fps=0 must be more than 0\.$"),
+        (None, np.nan, r"^fps=nan must be more than 0\.$"),
+    ],
 )
 def test_sample_frame_times_refuses(num_frames, fps, message):
     with pytest.raises(ValueError, match=message):
@@ -260,19 +271,61 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("kind", ["Path", "bytes", "file object", "file object at its end", "URL"])
+def spool(clip: str) -> tempfile.SpooledTemporaryFile:
+    """What FastAPI's `UploadFile.file` is."""
+    file = tempfile.SpooledTemporaryFile()
+    file.write(Path(clip).read_bytes())
+    return file
+
+
+def compress(clip: str) -> gzip.GzipFile:
+    return gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(Path(clip).read_bytes())))
+
+
+def pipe(clip: str) -> io.BufferedReader:
+    reader, writer = os.pipe()
+    assert os.write(writer, Path(clip).read_bytes()) == Path(clip).stat().st_size
+    os.close(writer)
+    return open(reader, "rb")
+
+
+def open_at_end(clip: str) -> io.BufferedReader:
+    file = open(clip, "rb")
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+KINDS_OF_FILE = {
+    "Path": lambda clip, url: Path(clip),
+    "bytes": lambda clip, url: Path(clip).read_bytes(),
+    "file object": lambda clip, url: open(clip, "rb"),
+    "file object at its end": lambda clip, url: open_at_end(clip),
+    "file object for appending": lambda clip, url: open(clip, "ab+"),
+    "spooled file": lambda clip, url: spool(clip),
+    "gzip": lambda clip, url: compress(clip),
+    "pipe": lambda clip, url: pipe(clip),
+    "connection": lambda clip, url: urllib.request.urlopen(url),
+    "URL": lambda clip, url: url,
+    "URL in capitals": lambda clip, url: url.replace("http", "HTTP"),
+    "file URL": lambda clip, url: Path(clip).as_uri(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILE)
 def test_each_kind_of_file(processor, clip, kind, served):
-    expected = apply_chat(processor, chat(clip))
-    with open(clip, "rb") as file:
-        if kind == "file object at its end":
-            file.read()
-        video = {"Path": Path(clip), "bytes": Path(clip).read_bytes(), "URL": f"{served}/{Path(clip).name}"}.get(
-            kind, file
-        )
-        assert_equal(apply_chat(processor, chat(video)), expected)
-        direct = processor(text="<|video|>", videos=video, return_tensors="pt")
+    with contextlib.ExitStack() as stack:
+
+        def video():
+            video = KINDS_OF_FILE[kind](clip, f"{served}/{Path(clip).name}")
+            if hasattr(video, "close"):
+                stack.callback(video.close)
+            return video
+
+        expected = apply_chat(processor, chat(clip))
+        assert_equal(apply_chat(processor, chat(video())), expected)
+        direct = processor(text="<|video|>", videos=video(), return_tensors="pt")
         assert_equal(direct, processor(text="<|video|>", videos=clip, return_tensors="pt"))
-        alone = processor.video_processor(video, return_tensors="pt")
+        alone = processor.video_processor(video(), return_tensors="pt")
         assert torch.equal(alone["pixel_values_videos"], expected["pixel_values_videos"])
 
 
@@ -333,6 +386,28 @@ def test_frames_with_metadata(processor, kind):
     expected = native([video[chosen]], do_sample_frames=False, return_tensors="pt")
     assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
     assert inputs["video_metadata"][0].timestamps == pytest.approx([index / 10 for index in chosen])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_images_that_are_not_rgb(processor, mode):
+    images = [Image.fromarray(frame).convert(mode) for frame in frames(4)]
+    kwargs = {"do_sample_frames": False, "return_tensors": "pt"}
+    expected = processor.video_processor([[image.convert("RGB") for image in images]], **kwargs)
+    assert_equal(processor.video_processor([images], **kwargs), expected)
+
+
+@pytest.mark.parametrize("fps", [None, 0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("do_sample_frames", [True, False])
+def test_unknown_frame_rate(processor, fps, do_sample_frames):
+    """It is taken as 2; where frames are sampled already, they are also taken as all frames of the video."""
+    inputs = processor(
+        text="<|video|>",
+        videos=[frames(4)],
+        video_metadata=[metadata_of(4, fps)],
+        do_sample_frames=do_sample_frames,
+        return_metadata=True,
+    )
+    assert inputs["video_metadata"][0].timestamps == [0, 0.5, 1.0, 1.5]
 
 
 def test_list_of_frame_files(processor, tmp_path):
@@ -415,6 +490,25 @@ def test_unknown_kind_of_video(processor):
         processor(text="<|video|>", videos=[{"path": "clip.mp4"}])
 
 
+def test_file_open_as_text(processor, clip):
+    with open(clip) as file, pytest.raises(ValueError, match='clip.mp4.* is open as text; open it in mode "rb"'):
+        processor(text="<|video|>", videos=file)
+
+
+@pytest.mark.parametrize("videos", [[], [[]]])
+def test_no_videos(processor, videos):
+    with pytest.raises(ValueError, match="There is no video in videos="):
+        processor(text="What?", videos=videos)
+    with pytest.raises(ValueError, match="There is no video in videos="):
+        processor.video_processor(videos)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_files_and_frames_in_one_batch(processor, clip, order):
+    with pytest.raises(ValueError, match="Files and frames cannot be mixed"):
+        processor.video_processor([clip, frames(4)][::order])
+
+
 def test_missing_file_and_page(processor, served):
     with pytest.raises(FileNotFoundError, match="nowhere.mp4"):
         apply_chat(processor, chat("nowhere.mp4"))
@@ -433,6 +527,12 @@ def test_metadata_of_other_frames(processor):
     """The usual slip: frames already sampled, with the metadata of the whole file."""
     with pytest.raises(ValueError, match="fewer than their metadata says .*do_sample_frames=False"):
         processor.video_processor([frames(8)], video_metadata=[metadata_of(100, 10.0)])
+
+
+def test_metadata_of_fewer_frames(processor):
+    metadata = metadata_of(40, 10.0) | {"frames_indices": [0, 13, 26]}
+    with pytest.raises(ValueError, match="3 `frames_indices` for a video of 4 frames"):
+        processor.video_processor([frames(4)], video_metadata=[metadata], do_sample_frames=False)
 
 
 # Checkpoints

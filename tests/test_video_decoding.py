@@ -355,6 +355,26 @@ def test_bad_file_objects():
         read(EncodedVideo(io.BytesIO(b"no video at all" * 99)))
 
 
+PLAYLISTS = {
+    "ffconcat": ("list.mp4", "ffconcat version 1.0\nfile other.ts\n"),
+    "hls": ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nother.ts\n#EXT-X-ENDLIST\n"),
+}
+
+
+@pytest.mark.parametrize("source", ["path", "file object", "bytes"])
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_playlists_are_refused(tmp_path, monkeypatch, kind, source):
+    """Whoever uploads one would choose a file on this machine."""
+    monkeypatch.chdir(tmp_path)
+    write_video("other.ts")
+    name, text = PLAYLISTS[kind]
+    (tmp_path / name).write_text(text)
+    with open(name, "rb") as file:
+        video = {"path": name, "file object": EncodedVideo(file), "bytes": EncodedVideo(io.BytesIO(file.read()))}
+        with pytest.raises(ValueError, match="playlist" if source == "path" else "cannot be read .* not a playlist"):
+            read(video[source])
+
+
 def test_memory_does_not_grow_with_the_length(tmp_path):
     """The peak of a process that reads a minute and then an hour; the hour's frames would be 100 MB."""
     for name, seconds in [("minute", 60), ("hour", 3600)]:
