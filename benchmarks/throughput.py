@@ -51,6 +51,8 @@ from transformers.models.molmo2.video_processing_molmo2 import arange_for_poolin
 from transformers.utils.logging import disable_progress_bar
 
 SEED = 0
+BATCH = 8  # files that are decoded together
+TOGETHER = f"decode sampled frames of {BATCH} files"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -649,6 +651,7 @@ def clip_seconds(path: str, rounds: int) -> tuple[dict[str, int], dict[str, list
 
     stages = {
         "decode sampled frames": partial(decode_sampled, decode_clip_with_pyav),
+        TOGETHER: partial(processor.fetch_videos, [path] * BATCH, sample_indices_fn=processor.sample_frames),
         "decode every frame": partial(decode_all, path),
         "preprocess": partial(
             processor, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
@@ -677,7 +680,10 @@ def measure_clip(bench: Bench) -> list[dict]:
             counts, seconds = clip_seconds(str(path), bench.preset.rounds)
         for stage, times in seconds.items():
             cpu, wall = (summary(list(values)) for values in zip(*times, strict=True))
-            records.append({"section": "clip", **counts, "stage": stage, "seconds": cpu, "wall_seconds": wall})
+            files = BATCH if stage == TOGETHER else 1
+            records.append(
+                {"section": "clip", **counts, "files": files, "stage": stage, "seconds": cpu, "wall_seconds": wall}
+            )
     return records
 
 

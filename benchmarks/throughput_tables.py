@@ -104,7 +104,9 @@ def clip_table(records: list[dict]) -> str:
             record["stage"],
             f"{1000 * record['seconds']['median']:.0f}",
             f"{1000 * record['wall_seconds']['median']:.0f}",
-            f"{record['file_frames'] / record['wall_seconds']['median']:.0f}" if "decode" in record["stage"] else "",
+            f"{record['files'] * record['file_frames'] / record['wall_seconds']['median']:.0f}"
+            if "decode" in record["stage"]
+            else "",
         ]
         for record in records
         if record["section"] == "clip"

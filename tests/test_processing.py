@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -327,6 +328,29 @@ def test_each_kind_of_file(processor, clip, kind, served):
         assert_equal(direct, processor(text="<|video|>", videos=clip, return_tensors="pt"))
         alone = processor.video_processor(video(), return_tensors="pt")
         assert torch.equal(alone["pixel_values_videos"], expected["pixel_values_videos"])
+
+
+def test_a_batch_of_files_is_decoded_in_threads(processor, clip):
+    paths, threads = [clip] * 6, set()
+
+    def sample(metadata):
+        threads.add(threading.get_ident())
+        return processor.video_processor.sample_frames(metadata)
+
+    clips, _ = processor.video_processor.fetch_videos(paths, sample_indices_fn=sample)
+    alone, _ = processor.video_processor.fetch_videos(clip, sample_indices_fn=sample)
+    assert len(threads) > 2
+    assert all(torch.equal(frames, alone) for frames in clips)
+
+
+def test_a_file_object_may_come_twice(processor, clip):
+    class SlowFile(io.BytesIO):
+        def read(self, size=-1):
+            time.sleep(0.001)  # another thread's turn
+            return super().read(size)
+
+    inputs = processor.video_processor([SlowFile(Path(clip).read_bytes())] * 4, return_tensors="pt")
+    assert_equal(inputs, processor.video_processor([clip] * 4, return_tensors="pt"))
 
 
 def test_frames_are_resized_on_a_device(processor, clip):
