@@ -69,11 +69,28 @@ def test_memory_of_a_training_step_is_that_of_its_own_process():
 
 
 def test_results_say_where_they_come_from(result):
+    assert set(result["logits_distance_from"]) == {"native", "eager"}
     assert {"hardware", "versions", "seed", "date", "load_average", "rounds", "config"} <= result.keys()
     record = next(r for r in result["records"] if r["section"] == "prefill" and r["name"] == "k=0.5")
     for name in ("seconds", "speedup_over_native", "speedup_over_k0"):
         assert record[name]["min"] <= record[name]["median"] <= record[name]["max"]
     assert record["limit"] > 1 and record["teraflops"] > 0
+
+
+@pytest.mark.parametrize("name", ["native", "eager"])
+def test_nothing_is_measured_when_logits_are_wrong(name, monkeypatch):
+    call = throughput.call
+
+    def call_wrongly(models, row, inputs, **kwargs):
+        outputs = call(models, row, inputs, **kwargs)
+        is_eager = models.ours.config._attn_implementation == "eager"
+        if row is throughput.NATIVE if name == "native" else is_eager:
+            outputs.logits = outputs.logits.flip(-1)
+        return outputs
+
+    monkeypatch.setattr(throughput, "call", call_wrongly)
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        throughput.run(throughput.PRESETS["dry-run"], [])
 
 
 def test_operations_of_an_attention_by_hand():
