@@ -79,6 +79,13 @@ def ask(
         float | None,
         typer.Option(help="Share of the video's tokens to drop, in [0, 1); the checkpoint's own when not given."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="`scorer`, `cosine`, `random`, `tome` or `none`; the checkpoint's own when not given. `cosine` needs "
+            "no trained scorer."
+        ),
+    ] = None,
     num_frames: Annotated[
         int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
     ] = None,
@@ -102,7 +109,7 @@ def ask(
     with readable_errors():
         hide_progress_off_terminal()
         result = answer_question(
-            video, question, model, prune_ratio, num_frames, test_time_scaling, max_new_tokens, device, dtype
+            video, question, model, prune_ratio, method, num_frames, test_time_scaling, max_new_tokens, device, dtype
         )
     if model == str(BUNDLED_CHECKPOINT):
         typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
@@ -251,6 +258,7 @@ def answer_question(
     question: str,
     checkpoint: str,
     prune_ratio: float | None,
+    method: str | None,
     num_frames: int | None,
     test_time_scaling: bool,
     max_new_tokens: int,
@@ -270,14 +278,15 @@ def answer_question(
     """
     import torch
 
-    from .configuration_stts_molmo import validate_prune_ratio
+    from .configuration_stts_molmo import validate_method, validate_prune_ratio
     from .modeling_stts_molmo import num_kept_tokens
     from .processing_stts_molmo import STTSMolmoProcessor
 
     config = require_stts(checkpoint)
     if prune_ratio is None:
         prune_ratio = config.stts_config.prune_ratio
-    validate_prune_ratio(prune_ratio)
+    prune_ratio = validate_prune_ratio(prune_ratio)
+    method = validate_method(config.stts_config.method if method is None else method)
     device = find_device(device)
 
     seconds = {}
@@ -305,7 +314,7 @@ def answer_question(
     with stage("generate", seconds):
         inputs = inputs.to(model.device, dtype=model.dtype)
         try:
-            output = model.generate(**inputs, prune_ratio=prune_ratio, max_new_tokens=max_new_tokens)
+            output = model.generate(**inputs, prune_ratio=prune_ratio, method=method, max_new_tokens=max_new_tokens)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{device} has too little memory for {len(frames)} frames; try fewer with `--num-frames`, a higher "
@@ -314,7 +323,7 @@ def answer_question(
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     num_frames, rows, columns = inputs["video_grids"][0].tolist()
-    kept = num_kept_tokens(num_frames, rows * columns, 0 if config.stts_config.method == "none" else prune_ratio)
+    kept = num_kept_tokens(num_frames, rows * columns, 0 if method == "none" else prune_ratio)
     return {
         "answer": answer.strip(),
         "frames": num_frames,

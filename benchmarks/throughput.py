@@ -520,11 +520,15 @@ def measure_training(bench: Bench) -> list[dict]:
 
 def measure_serving(bench: Bench) -> list[dict]:
     """Batches of requests, each answered with a few tokens."""
+    return measure_batches(bench, "serving", bench.preset.batch_sizes, (NATIVE, UNPRUNED, HALF))
+
+
+def measure_batches(bench: Bench, section: str, batch_sizes: Sequence[int], rows: Sequence[Row]) -> list[dict]:
     records, num_new = [], bench.preset.new_tokens
-    for batch_size in bench.preset.batch_sizes:
+    for batch_size in batch_sizes:
         shape = dataclasses.replace(bench.preset.request, videos=batch_size)
         step = partial(generate, new_tokens=num_new)
-        records += bench.measure("serving", shape, (NATIVE, UNPRUNED, HALF), step, num_new=num_new - 1)
+        records += bench.measure(section, shape, rows, step, num_new=num_new - 1)
     return records
 
 
@@ -616,7 +620,7 @@ def measure_parity(bench: Bench) -> list[dict]:
     step = partial(training_step, num_labels=shape.text)
     records += bench.measure("parity training", shape, rows, step, passes=3, num_read=shape.text)
     bench.models.train(False)
-    return records
+    return records + measure_batches(bench, "parity serving", bench.preset.batch_sizes[:-1], rows)
 
 
 def write_long_clip(path: Path, seconds: int):
@@ -710,6 +714,7 @@ def ask_once(prune_ratio: float, device: str):
         question="What color is the still shape?",
         checkpoint=str(root / "checkpoints/stts-molmo-tiny"),
         prune_ratio=prune_ratio,
+        method=None,
         num_frames=None,
         test_time_scaling=False,
         max_new_tokens=8,

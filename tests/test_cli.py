@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stts_molmo.cli import BUNDLED_CHECKPOINT, app
+from stts_molmo.modeling_stts_molmo import STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from typer.testing import CliRunner
@@ -115,6 +116,8 @@ def test_ask_resizes_frames_on_the_device_of_the_model(clip, monkeypatch):
     [
         (["--prune-ratio", 0], 7, 0, 63),
         (["--prune-ratio", 0.8], 7, 0.8, 13),  # floor(50.4) of 63 go
+        (["--method", "cosine"], 7, 0.5, 32),
+        (["--method", "none"], 7, 0.5, 63),
         (["--num-frames", 4], 4, 0.5, 18),
         (["--num-frames", 3, "--test-time-scaling"], 6, 0.5, 27),
         (["--num-frames", 4, "--test-time-scaling", "--prune-ratio", 0.2], 5, 0.2, 36),
@@ -290,6 +293,22 @@ def test_error_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize("ratio", ["1", "-0.1", "1.5", "nan"])
 def test_ratio_out_of_range(clip, ratio):
     assert_readable_error(run("ask", clip, QUESTION, "--prune-ratio", ratio), f"prune_ratio={float(ratio)}", "[0, 1)")
+
+
+def test_unknown_method(clip):
+    assert_readable_error(run("ask", clip, QUESTION, "--method", "magic"), "method='magic'", "'cosine'")
+
+
+def test_the_method_reaches_the_model(clip, monkeypatch):
+    methods, get_video_features = [], STTSMolmoModel.get_video_features
+
+    def note_method(self, *args, **kwargs):
+        methods.append(kwargs["method"])
+        return get_video_features(self, *args, **kwargs)
+
+    monkeypatch.setattr(STTSMolmoModel, "get_video_features", note_method)
+    ask_json(clip, QUESTION, "--method", "tome")
+    assert methods == ["tome"]
 
 
 @pytest.mark.parametrize("option", [["--device", "warp"], ["--device", "cuda:99"]], ids=str)
