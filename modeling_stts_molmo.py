@@ -1381,9 +1381,13 @@ class STTSMolmoModel(Molmo2Model):
             placeholders = input_ids == self.config.image_token_id
         attended = torch.ones_like(placeholders) if attention_mask is None else attention_mask.bool()
 
+        # Each placeholder's token. Not `masked_scatter`: with too few tokens a GPU would fail before the check below.
+        token = placeholders.flatten().cumsum(0).view_as(placeholders) - 1
+        keep = keep_mask.to(placeholders.device).flatten()
+        dropped = placeholders & ~keep[token.clamp(0, len(keep) - 1)]
         # One wait for the device: what the host must know to give every later tensor its size.
-        num_placeholders, num_attended, first, last = torch.stack(
-            [placeholders.sum(1), attended.sum(1), attended[:, 0], attended[:, -1]]
+        num_placeholders, num_attended, num_dropped, first, last = torch.stack(
+            [placeholders.sum(1), attended.sum(1), dropped.sum(1), attended[:, 0], attended[:, -1]]
         ).tolist()
         if sum(num_placeholders) != keep_mask.numel():
             raise ValueError(
@@ -1391,8 +1395,6 @@ class STTSMolmoModel(Molmo2Model):
                 f"{keep_mask.numel()} pooled tokens; pass text and video through one call of the processor, "
                 "without truncation."
             )
-        dropped = torch.zeros_like(placeholders).masked_scatter(placeholders, ~keep_mask.to(placeholders.device))
-        num_dropped = dropped.sum(1).tolist()
         lengths = [a - d for a, d in zip(num_attended, num_dropped, strict=True)]
         if padding_side is None:
             padding_side = "left" if not all(first) and all(last) else "right"
