@@ -45,7 +45,7 @@ def test_every_section_has_its_rows(result):
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("name", ["throughput_cpu", "decoding_cpu"])
+@pytest.mark.parametrize("name", ["throughput_cpu", "parity_cpu", "decoding_cpu"])
 def test_tables_are_those_of_the_results_and_the_readme_shows_them(name):
     tables = throughput_tables.all_tables(json.loads((RESULTS / f"{name}.json").read_text()))
     assert (RESULTS / f"{name}.md").read_text() == tables
