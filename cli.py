@@ -451,11 +451,11 @@ def describe_checkpoint(checkpoint: str) -> dict[str, str]:
     vision, stts = config.vision_config, config.stts_config if is_stts else STTSConfig(method="none")
     sizes = {name: math.prod(shape) for name, shape in read_tensor_shapes(checkpoint).items()}
     scorer = sum(size for name, size in sizes.items() if "token_scorer." in name)
+    dtype = f" ({str(config.dtype).removeprefix('torch.')})" if config.dtype else ""
     lines = {
         "checkpoint": checkpoint,
         "kind": "STTS on Molmo2" if is_stts else f"plain Molmo2; for STTS: stts-molmo convert {checkpoint} DST",
-        "parameters": f"{sum(sizes.values()):,}"
-        + (f" ({str(config.dtype).removeprefix('torch.')})" if config.dtype else ""),
+        "parameters": f"{sum(sizes.values()):,}{dtype}",
         "scorer": f"{scorer:,} parameters" if scorer else "none",
     }
     if is_stts:

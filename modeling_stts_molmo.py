@@ -419,9 +419,9 @@ def refill_lone_frames(keep_mask: torch.Tensor, layout: VideoLayout) -> torch.Te
     Returns:
         bool `(frames, P)`, the tokens that late layers attend to.
     """
-    lone = []
-    for video in ((layout.blocks >= 0).sum(1) * keep_mask).sum(1).split(layout.num_frames):
-        counts = video.tolist()
+    lone, rest = [], ((layout.blocks >= 0).sum(1) * keep_mask).sum(1).tolist()
+    for num_frames in layout.num_frames:
+        counts, rest = rest[:num_frames], rest[num_frames:]
         bins = first_fit_descending(counts, layout.num_patches)
         used = [b for b, count in zip(bins.assignment, counts, strict=True) if count]
         lone += [count > 0 and used.count(b) == 1 for b, count in zip(bins.assignment, counts, strict=True)]

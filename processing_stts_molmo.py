@@ -457,7 +457,7 @@ def decode_clip_with_pyav(video: str, index: FrameIndex, targets: np.ndarray) ->
         if clip is None:
             width, height = frame.width, frame.height  # of all frames, should the stream change its size
             clip = np.empty((len(targets), 3, *to_rgb(frame, width, height).shape[:2]), dtype=np.uint8)
-        # Copied by NumPy: torch's threads would fight with the decoder's for the cores, and halve the speed.
+        # Copied by NumPy: torch's threads would fight with the decoder's for the cores.
         clip[len(taken)] = to_rgb(frame, width, height).transpose(2, 0, 1)
         taken.append(frame.pts)
     return None if clip is None else torch.from_numpy(clip[: len(taken)]), np.array(taken, dtype=np.int64)

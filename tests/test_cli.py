@@ -177,6 +177,12 @@ def test_inspect_describes_a_plain_molmo2(molmo2):
     assert "scorer         none" in result.stdout
 
 
+def test_inspect_of_a_config_without_a_dtype(checkpoint):
+    edit_config(checkpoint, dtype=None)
+    result = run("inspect", checkpoint)
+    assert result.exit_code == 0 and "(" not in result.stdout
+
+
 def test_inspect_loads_no_weights(checkpoint):
     """Headers are enough: the data may even be cut off."""
     (weights,) = checkpoint.glob("*.safetensors")
@@ -191,9 +197,9 @@ def test_inspect_loads_no_weights(checkpoint):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["kept.PNG", "kept.mp4"])
-def test_visualize_writes_a_picture_or_a_video(clip, tmp_path, name):
-    result = run("visualize", clip, "-o", tmp_path / name, "--compare", "tome", "--num-frames", 3)
+@pytest.mark.parametrize(("name", "other"), [("kept.PNG", "tome"), ("kept.mp4", "none")])
+def test_visualize_writes_a_picture_or_a_video(clip, tmp_path, name, other):
+    result = run("visualize", clip, "-o", tmp_path / name, "--compare", other, "--num-frames", 3)
     assert result.exit_code == 0, result.output
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).stat().st_size > 1000
 
