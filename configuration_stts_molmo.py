@@ -85,6 +85,8 @@ class STTSConfig(PreTrainedConfig):
             `intermediate_size` when not given.
         scorer_hidden_act (`str`, defaults to `"silu"`): activation between the scorer's layers.
         seed (`int`, defaults to 0): seed of `method="random"`.
+        use_kernels (`bool`, defaults to `False`): on a CUDA device pool blocks with the Triton op of `stts_kernels`,
+            which needs that package and a C compiler. Off because its speed has not been measured yet.
 
     Raises:
         ValueError: a value is out of its range; the message names value, range and fix.
@@ -104,6 +106,7 @@ class STTSConfig(PreTrainedConfig):
     scorer_hidden_size: int | None = None
     scorer_hidden_act: str = "silu"
     seed: int = 0
+    use_kernels: bool = False
 
     # Not in `validate_architecture`: the strict dataclass would wrap these `ValueError`s in an error of its own.
     def __post_init__(self, **kwargs):

@@ -45,6 +45,11 @@ try:
 except ImportError:  # torch without it: the loop below computes the same
     varlen_attn = None
 
+try:
+    from stts_kernels import attention_pool
+except ImportError:  # a checkpoint's code without the package, or no Triton: `torch_attention_pool` computes the same
+    attention_pool = None
+
 # A class with its own `model_type` gets no conversion by default, and original checkpoints would load as noise.
 register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_mapping("molmo2"), overwrite=True)
 
@@ -164,6 +169,56 @@ def random_scores(layout: VideoLayout, seed: int | None) -> torch.Tensor:
     return torch.cat(scores).to(layout.blocks.device)
 
 
+def torch_attention_pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    `softmax(scaling * q @ k^T) @ v` with one query for each block.
+
+    Args:
+        query: `(blocks, heads, head_dim)`.
+        key, value: `(blocks, slots, heads, head_dim)`.
+
+    Returns:
+        `(blocks, heads, head_dim)`.
+    """
+    logits = (query[:, None] * key).sum(-1, keepdim=True, dtype=torch.float32) * scaling
+    return (logits.softmax(1).to(value.dtype) * value).sum(1)
+
+
+def pool_blocks(attention: Molmo2VisionAttention, blocks: torch.Tensor, use_kernels: bool) -> torch.Tensor:
+    """
+    Pool full blocks of patches; the query is their mean, keys and values are the patches (section 3.1).
+
+    Args:
+        attention: whose projections are used.
+        blocks: `(blocks, w * w, C)`.
+        use_kernels: take the Triton op on a CUDA device.
+
+    Returns:
+        `(blocks, D)`.
+
+    Raises:
+        ImportError: the Triton op is wanted and cannot be imported.
+    """
+    query = blocks.mean(1, keepdim=True)
+    if not blocks.is_cuda or (attention.training and attention.attention_dropout):
+        return attention(query, blocks)[0][:, 0]
+    # Not by flash kernels: they round one query up to 128. For 256 frames the backward would want 16 GB of scratch
+    # memory, and index it beyond int32 (github.com/Dao-AILab/flash-attention/pull/2260).
+    query, key, value = (
+        proj(x).unflatten(-1, (-1, attention.head_dim))
+        for proj, x in ((attention.q_proj, query), (attention.k_proj, blocks), (attention.v_proj, blocks))
+    )
+    pool = torch_attention_pool
+    if use_kernels and not torch.compiler.is_compiling():  # the compiler makes a kernel of these operations itself
+        if attention_pool is None:
+            raise ImportError(
+                "use_kernels=True takes a Triton op of the package stts_kernels, which cannot be imported; install "
+                "stts-molmo and triton, or set config.stts_config.use_kernels = False."
+            )
+        pool = attention_pool
+    return attention.o_proj(pool(query[:, 0], key, value, attention.scaling).flatten(1))
+
+
 def init_scorer_weights(module: nn.Module):
     """Fan-in scaled weights: with a fixed 0.02 a narrow scorer starts out constant and hardly learns."""
     if isinstance(module, nn.Linear):
@@ -182,6 +237,7 @@ class TokenScorer(nn.Module):
         super().__init__()
         width = vision_config.hidden_size
         hidden_size = stts_config.scorer_hidden_size or vision_config.intermediate_size
+        self.stts_config = stts_config
         self.token_pooler = Molmo2VisionAttention(vision_config)
         self.fc1 = nn.Linear(2 * width, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
@@ -202,13 +258,14 @@ class TokenScorer(nn.Module):
         """
         patches = blocks.flatten(0, 1)
         if layout.is_dense:
-            query, attention_mask = patches.mean(1, keepdim=True), None
+            pooled = pool_blocks(self.token_pooler, patches, self.stts_config.use_kernels)
         else:
             mask = (layout.blocks >= 0).repeat(blocks.shape[0], 1)
             query = patches.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
             attention_mask = torch.zeros_like(mask, dtype=patches.dtype)
             attention_mask = attention_mask.masked_fill(~mask, torch.finfo(patches.dtype).min)[:, None, None]
-        pooled = self.token_pooler(query, patches, attention_mask)[0].view(*blocks.shape[:2], -1)
+            pooled = self.token_pooler(query, patches, attention_mask)[0]
+        pooled = pooled.view(*blocks.shape[:2], -1)
 
         hidden_states = torch.cat([previous_frame(pooled, layout.num_frames), pooled], dim=-1)
         hidden_states = self.activation_fn(self.fc1(hidden_states))
@@ -811,9 +868,9 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
 class STTSMolmoAdapter(Molmo2Adapter):
     """Modifications: blocks that follow each other are pooled as they are, without a gather and without a mask."""
 
-    def __init__(self, config, block_size: int):
+    def __init__(self, config, stts_config):
         super().__init__(config)
-        self.block_size = block_size
+        self.stts_config = stts_config
 
     def forward(
         self, image_features: torch.Tensor, pooled_patches_idx: torch.Tensor | None, **kwargs
@@ -824,9 +881,9 @@ class STTSMolmoAdapter(Molmo2Adapter):
         """
         if pooled_patches_idx is not None:
             return super().forward(image_features, pooled_patches_idx, **kwargs)
-        blocks = image_features[0].unflatten(0, (-1, self.block_size))
-        pooled, _ = self.image_pooling_2d(blocks.mean(1, keepdim=True), blocks, attention_mask=None, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.image_projector(pooled[:, 0]))
+        blocks = image_features[0].unflatten(0, (-1, self.stts_config.pooling_size**2))
+        pooled = pool_blocks(self.image_pooling_2d, blocks, self.stts_config.use_kernels)
+        return BaseModelOutput(last_hidden_state=self.image_projector(pooled))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1154,7 +1211,7 @@ class STTSMolmoModel(Molmo2Model):
         self.vision_tower = STTSMolmoVisionModel(
             config.vision_config, config.stts_config, config.adapter_config.vision_feature_layer
         )
-        self.multi_modal_projector = STTSMolmoAdapter(config.adapter_config, config.stts_config.pooling_size**2)
+        self.multi_modal_projector = STTSMolmoAdapter(config.adapter_config, config.stts_config)
         self.language_model = Molmo2TextModel(config.text_config)
         self.post_init()
 

@@ -18,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import av
 import torch
+import torch.nn.functional as F
 import transformers
 from operation_count import Shape, forward_operations, grid_sizes
 from stts_molmo.cli import answer_question
@@ -35,8 +36,10 @@ from stts_molmo.modeling_stts_molmo import (
     VIDEO_INPUTS,
     STTSMolmoForConditionalGeneration,
     STTSMolmoVideoFeatures,
+    attention_pool,
     num_kept_tokens,
     select_tokens,
+    torch_attention_pool,
 )
 from stts_molmo.processing_stts_molmo import (
     STTSMolmoVideoProcessor,
@@ -150,7 +153,7 @@ PRESETS = {
         },
         device="cuda",
         dtype=torch.bfloat16,
-        rounds=3,
+        rounds=2,
         gradient_checkpointing=True,
         vit=PAPER_SHAPES,
         prefill=PAPER_SHAPES + QUESTION_SHAPES,
@@ -179,7 +182,7 @@ PRESETS = {
         new_tokens=8,
         growth=tuple(scaled_shape(frames) for frames in (16, 32, 64, 128, 256, 512)),
         growth_ratios=(0.0, 0.3, 0.5, 0.7, 0.9),
-        parity_rounds=15,
+        parity_rounds=31,
         clip_seconds=(20, 120),
     ),
     "dry-run": Preset(
@@ -376,7 +379,7 @@ class Measurement(NamedTuple):
     peak_bytes: int | None
 
 
-def take_turns(steps: dict[Row, Callable], clock, rounds: int) -> dict[Row, Measurement | None]:
+def take_turns(steps: dict[Hashable, Callable], clock, rounds: int) -> dict[Hashable, Measurement | None]:
     """Run every step once to warm up, then once a round, every other round in reverse order."""
     measurements = {}
     for row, step in steps.items():
@@ -623,6 +626,44 @@ def measure_parity(bench: Bench) -> list[dict]:
     return records + measure_batches(bench, "parity serving", bench.preset.batch_sizes[:-1], rows)
 
 
+def sdpa_pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """As `torch_attention_pool`, by the kernels that torch has for attention."""
+    query, key, value = query[:, :, None], key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling)[:, :, 0]
+
+
+def pool_step(pool: Callable, inputs: Sequence[torch.Tensor]):
+    torch.autograd.grad(pool(*inputs, scaling=0.1).sum(), inputs)
+
+
+def measure_pooling(bench: Bench) -> list[dict]:
+    """Attention of one query to each block of patches, forward and backward, by every op that there is for it."""
+    shape, vision = bench.preset.vit[0], bench.config.vision_config
+    blocks = shape.videos * shape.frames * grid_sizes(bench.config)[1]
+    heads = (vision.num_attention_heads, vision.head_dim)
+    slots = bench.config.stts_config.pooling_size**2
+    inputs = [
+        torch.randn(size, device=bench.preset.device, dtype=bench.preset.dtype, requires_grad=True)
+        for size in ((blocks, *heads), (blocks, slots, *heads), (blocks, slots, *heads))
+    ]
+    pools = {"SDPA": sdpa_pool, "torch": torch_attention_pool}
+    if bench.preset.device == "cuda":
+        pools["Triton"] = attention_pool
+    steps = {name: partial(pool_step, pool, inputs) for name, pool in pools.items()}
+    measurements = take_turns(steps, bench.clock, bench.preset.parity_rounds)
+    return [
+        {
+            "section": "pooling",
+            "name": name,
+            "blocks": blocks,
+            "seconds": summary(measurement.seconds),
+            "speedup_over_sdpa": ratios(measurements["SDPA"], measurement),
+            "peak_bytes": measurement.peak_bytes,
+        }
+        for name, measurement in measurements.items()
+    ]
+
+
 def write_long_clip(path: Path, seconds: int):
     """A moving pattern at 640 x 360 and 30 frames a second, with a key frame every two seconds."""
     rows, columns = torch.meshgrid(torch.arange(360), torch.arange(640), indexing="ij")
@@ -785,6 +826,7 @@ SECTIONS = {
     "serving": measure_serving,
     "growth": measure_growth,
     "stages": measure_stages,
+    "pooling": measure_pooling,
     "clip": measure_clip,
     "ask": measure_ask,
     "parity": measure_parity,
@@ -792,20 +834,15 @@ SECTIONS = {
 }
 
 
-def run(preset: Preset, sections: Sequence[str]) -> dict:
-    """All records of the `sections`, and what they were measured on."""
+def run(preset: Preset, sections: Sequence[str]) -> Iterator[dict]:
+    """After each of the `sections` all records so far, and what they were measured on."""
     torch.set_num_threads(1)
     disable_progress_bar()
     models = build_models(preset)
     bench = Bench(preset, models.ours.config, models)
     load_before = os.getloadavg()[0]
-    distances = check_logits(bench)
-    records = []
-    for name in sections:
-        records += SECTIONS[name](bench)
-        print(f"{name}: {len(records)} records", flush=True)
     cpu = f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread"
-    return {
+    origin = {
         "config": preset.config,
         "dtype": str(preset.dtype).removeprefix("torch."),
         "gradient_checkpointing": preset.gradient_checkpointing,
@@ -813,8 +850,7 @@ def run(preset: Preset, sections: Sequence[str]) -> dict:
         "new_tokens": preset.new_tokens,
         "seed": SEED,
         "clock": "CUDA events" if bench.clock is CudaClock else "CPU time of the process, others run beside it",
-        "load_average": [round(load, 2) for load in (load_before, os.getloadavg()[0])],
-        "logits_distance_from": distances,
+        "logits_distance_from": check_logits(bench),
         "date": datetime.date.today().isoformat(),
         "hardware": torch.cuda.get_device_name() if preset.device == "cuda" else cpu,
         "versions": {
@@ -824,8 +860,15 @@ def run(preset: Preset, sections: Sequence[str]) -> dict:
             "av": av.__version__,
             "torchcodec": None if VideoDecoder is None else version("torchcodec"),
         },
-        "records": records,
     }
+    records = []
+    for name in sections:
+        records += SECTIONS[name](bench)
+        print(f"{name}: {len(records)} records", flush=True)
+        yield origin | {
+            "load_average": [round(load, 2) for load in (load_before, os.getloadavg()[0])],
+            "records": records,
+        }
 
 
 def main(arguments: Sequence[str] | None = None):
@@ -838,9 +881,10 @@ def main(arguments: Sequence[str] | None = None):
     preset = PRESETS[args.preset]
     if args.gradient_checkpointing is not None:
         preset = dataclasses.replace(preset, gradient_checkpointing=args.gradient_checkpointing)
-    result = {"preset": args.preset, **run(preset, args.sections)}
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, args.output.with_suffix(".png"))
+    for result in run(preset, args.sections):  # written after each section: should time run out, these are there
+        result = {"preset": args.preset, **result}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,13 @@ def by_name(records: list[dict], cell: Callable[[dict], str], names: tuple[str, 
     return [cells.get(name, "") for name in names]
 
 
+def speed_over_native(record: dict) -> str:
+    if record.get("out_of_memory"):
+        return "out of memory"
+    speed = record["speedup_over_native"]
+    return "" if speed is None else f"{speed['median']:.2f}"
+
+
 def speed_table(records: list[dict]) -> str:
     """Speed over native of every row; one line for each section and shape."""
     rows = []
@@ -52,13 +59,13 @@ def speed_table(records: list[dict]) -> str:
         chosen = [record for record in records if record["section"] == section]
         for videos, frames in dict.fromkeys((record["videos"], record["frames"]) for record in chosen):
             of_shape = [record for record in chosen if (record["videos"], record["frames"]) == (videos, frames)]
-            cells = by_name(of_shape, lambda record: f"{record['speedup_over_native']['median']:.2f}", SPEED_ROWS)
+            cells = by_name(of_shape, speed_over_native, SPEED_ROWS)
             rows.append([label.format(videos=videos, frames=frames), *cells])
     return table(["speed, native = 1", *SPEED_ROWS], rows)
 
 
 def parity_table(records: list[dict]) -> str:
-    """k = 0 beside native, as in 15 rounds; the spread is that of single rounds."""
+    """k = 0 beside native, in many rounds; the spread is that of single rounds."""
     rows = []
     for section, label in PARITY_SECTIONS.items():
         for record in records:
@@ -100,6 +107,16 @@ def ask_table(records: list[dict]) -> str:
     return table(["`stts-molmo ask`, tiny model", "milliseconds", "speed, k = 0 is 1"], rows)
 
 
+def pooling_table(records: list[dict]) -> str:
+    """Forward and backward of the attention that pools blocks."""
+    chosen = [record for record in records if record["section"] == "pooling"]
+    rows = [
+        [record["name"], f"{1000 * record['seconds']['median']:.1f}", f"{record['speedup_over_sdpa']['median']:.2f}"]
+        for record in chosen
+    ]
+    return table([f"pooling {chosen[0]['blocks']} blocks", "milliseconds", "speed, SDPA is 1"], rows)
+
+
 def clip_table(records: list[dict]) -> str:
     """Reading video files; frames a second are those of the file."""
     rows = [
@@ -124,6 +141,7 @@ TABLES = {
     "stages": stage_table,
     "memory": memory_table,
     "ask": ask_table,
+    "pooling": pooling_table,
     "clip": clip_table,
 }
 

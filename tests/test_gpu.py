@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import make_inputs, make_model, make_native, video_tensors
 from stts_molmo import modeling_stts_molmo
-from stts_molmo.modeling_stts_molmo import vision_causal_mask
+from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.modeling_stts_molmo import pool_blocks, vision_causal_mask
 from test_llm_attention import CASES, outputs_and_gradients, torch_dense_mask
 from test_scoring import layout_of
+from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionAttention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +61,23 @@ def test_training_in_bfloat16_moves_the_scorer():
     model(**inputs).loss.backward()
     gradient = model.model.vision_tower.token_scorer.fc3.weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("use_kernels", [False, True])
+def test_blocks_of_a_long_video_are_pooled_within_memory(use_kernels):
+    """256 frames at Molmo2's sizes, for which the backward of a flash kernel would want 16 GB of scratch memory."""
+    config = STTSMolmoConfig().vision_config
+    config._attn_implementation = "sdpa"
+    attention = Molmo2VisionAttention(config).cuda().bfloat16()
+    blocks = torch.randn(256 * 81, 9, 1152, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    pooled = pool_blocks(attention, blocks, use_kernels)
+    pooled.sum().backward()
+    assert torch.cuda.max_memory_allocated() < 16 * blocks.nbytes  # 7 GB
+    some = blocks.detach()[::1000]
+    expected = attention(some.mean(1, keepdim=True), some)[0][:, 0]
+    torch.testing.assert_close(pooled[::1000], expected, atol=2e-2, rtol=2e-2)
+    assert blocks.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES)

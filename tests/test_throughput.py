@@ -40,6 +40,7 @@ def test_every_section_has_its_rows(result):
     stages = {record["stage"] for record in result["records"] if record["section"] == "clip"}
     assert stages >= {"decode sampled frames", "decode every frame", "preprocess"}
     assert rows["ask"] == {"k=0", "k=0.5"}
+    assert rows["pooling"] == {"SDPA", "torch"}
 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -91,7 +92,25 @@ def test_nothing_is_measured_when_logits_are_wrong(name, monkeypatch):
 
     monkeypatch.setattr(throughput, "call", call_wrongly)
     with pytest.raises(ValueError, match=f"'{name}'"):
-        throughput.run(throughput.PRESETS["dry-run"], [])
+        next(throughput.run(throughput.PRESETS["dry-run"], ["vit"]))
+
+
+def test_what_was_measured_is_there_when_a_section_fails(tmp_path, monkeypatch):
+    def fail(bench):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(throughput.SECTIONS, "vit", fail)
+    path = tmp_path / "dry.json"
+    with pytest.raises(KeyboardInterrupt):
+        throughput.main(["--preset", "dry-run", "--sections", "pooling", "vit", "--output", str(path)])
+    assert {record["section"] for record in json.loads(path.read_text())["records"]} == {"pooling"}
+
+
+@pytest.mark.parametrize("pool", [throughput.sdpa_pool, throughput.torch_attention_pool])
+def test_every_way_to_pool_gives_the_same(pool):
+    query, key, value = torch.randn(4, 2, 8), torch.randn(4, 9, 2, 8), torch.randn(4, 9, 2, 8)
+    weights = torch.einsum("bhd,bshd->bsh", query, key).mul(0.1).softmax(1)
+    torch.testing.assert_close(pool(query, key, value, 0.1), torch.einsum("bsh,bshd->bhd", weights, value))
 
 
 def test_operations_of_an_attention_by_hand():
@@ -164,6 +183,8 @@ def test_a_row_without_memory_is_reported_and_the_others_measured(tmp_path):
     result = {"preset": "gpu", "hardware": "none", "versions": {"torch": "none"}, "records": records}
     throughput.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+    cells = [throughput_tables.speed_over_native(record) for record in records]
+    assert cells == ["out of memory", "", ""]
 
 
 def test_one_section_with_or_without_checkpointing(tmp_path):
