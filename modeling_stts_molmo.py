@@ -570,11 +570,11 @@ def pack_into_bins(
 
 
 def fold_key_bias(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Append columns to query and key so that `scaling * q @ k^T` gains `key_bias`: any attention kernel then applies
-    the bias, and its gradient reaches the scores without a `(queries, keys)` mask.
+    Append columns to query and key so that `q @ k^T / sqrt(head_dim)` gains `key_bias`: any attention kernel then
+    applies the bias, and its gradient reaches the scores without a `(queries, keys)` mask.
 
     Args:
         query: `(queries, heads, head_dim)`.
@@ -585,11 +585,13 @@ def fold_key_bias(
         query, key, value with `head_dim` grown to the next multiple of 8 that has room for two columns. Two, because
         a bfloat16 bias alone would round log-scores to two digits: the second holds the rest.
     """
-    bias = (key_bias / scaling)[:, None, None].expand(-1, key.shape[1], -1)
+    head_dim, padding = key.shape[-1], -(key.shape[-1] + 2) % 8
+    grown = head_dim + 2 + padding
+    bias = (key_bias * grown**0.5)[:, None, None].expand(-1, key.shape[1], -1)
     high = bias.to(key.dtype)
     low = (bias - high.float()).to(key.dtype)
-    padding = -(key.shape[-1] + 2) % 8
-    query = F.pad(F.pad(query, (0, 2), value=1.0), (0, padding))
+    # The query makes up for the other square root; its ones stay exact.
+    query = F.pad(F.pad(query * (grown / head_dim) ** 0.5, (0, 2), value=1.0), (0, padding))
     key = F.pad(torch.cat([key, high, low], dim=-1), (0, padding))
     return query, key, F.pad(value, (0, padding + 2))
 
@@ -601,11 +603,11 @@ def varlen_attention(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     max_seqlen: int,
-    scaling: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """
-    Attention of packed frames, each query to the keys of its own frame; no padding, no mask.
+    Attention of packed frames, each query to the keys of its own frame, scaled by `head_dim ** -0.5`; no padding, no
+    mask.
 
     Args:
         query: `(queries, heads, head_dim)`, frames one after the other.
@@ -617,15 +619,13 @@ def varlen_attention(
         `(queries, heads, head_dim)`.
     """
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        # Releases differ in how a scale is passed; all default to head_dim ** -0.5.
-        query = query * (scaling * query.shape[-1] ** 0.5)
         return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen)
     query, key, value = (
         x.transpose(0, 1)[None].split(cu_seqlens.diff().tolist(), dim=2)
         for x, cu_seqlens in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
     )
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout)
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         for q, k, v in zip(query, key, value, strict=True)
         if q.shape[2]
     ]
@@ -674,9 +674,9 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
         query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
         key, value = (proj(keys).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         if attention_mask is not None:
-            query, key, value = fold_key_bias(query, key, value, attention_mask.flatten(), self.scaling)
+            query, key, value = fold_key_bias(query, key, value, attention_mask.flatten())
         dropout = self.attention_dropout if self.training else 0.0
-        attn_output = varlen_attention(query, key, value, cu_seqlens, cu_seqlens_k, max_seqlen, self.scaling, dropout)
+        attn_output = varlen_attention(query, key, value, cu_seqlens, cu_seqlens_k, max_seqlen, dropout)
         return self.o_proj(attn_output[..., : self.head_dim].flatten(-2))[None], None
 
 
