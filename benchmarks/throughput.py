@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -637,8 +638,11 @@ def pool_step(pool: Callable, inputs: Sequence[torch.Tensor]):
 
 
 def measure_pooling(bench: Bench) -> list[dict]:
-    """Attention of one query to each block of patches, forward and backward, by every op that there is for it."""
-    shape, vision = bench.preset.vit[0], bench.config.vision_config
+    """
+    Attention of one query to each block of patches, in the 16 heads of 72 of Molmo2, forward and backward, by every op
+    that there is for it.
+    """
+    shape, vision = bench.preset.vit[0], STTSMolmoConfig().vision_config
     blocks = shape.videos * shape.frames * grid_sizes(bench.config)[1]
     heads = (vision.num_attention_heads, vision.head_dim)
     slots = bench.config.stts_config.pooling_size**2
@@ -694,13 +698,28 @@ def clip_seconds(path: str, rounds: int) -> tuple[dict[str, int], dict[str, list
         index = read_frame_index(path)
         return decode(path, index, index.pts[processor.sample_frames(index.metadata())])
 
+    decode = partial(decode_sampled, decode_clip_with_pyav)
+    preprocess = partial(
+        processor, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+
+    def decode_then_preprocess():
+        decode()
+        preprocess()
+
+    def decode_beside_preprocess():
+        with ThreadPoolExecutor(1) as pool:
+            decoding = pool.submit(decode)
+            preprocess()
+            decoding.result()
+
     stages = {
-        "decode sampled frames": partial(decode_sampled, decode_clip_with_pyav),
+        "decode sampled frames": decode,
         TOGETHER: partial(processor.fetch_videos, [path] * BATCH, sample_indices_fn=processor.sample_frames),
         "decode every frame": partial(decode_all, path),
-        "preprocess": partial(
-            processor, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-        ),
+        "preprocess": preprocess,
+        "decode, then preprocess": decode_then_preprocess,
+        "decode beside preprocess": decode_beside_preprocess,  # what overlapping them could gain at best
     }
     if VideoDecoder is not None:
         stages["decode sampled frames, torchcodec"] = partial(decode_sampled, decode_clip_with_torchcodec)
@@ -716,19 +735,24 @@ def clip_seconds(path: str, rounds: int) -> tuple[dict[str, int], dict[str, list
 
 
 def measure_clip(bench: Bench) -> list[dict]:
-    """Decoding of files of several lengths and preprocessing of what was sampled, at Molmo2's frame size."""
-    records = []
+    """
+    Decoding of files of several lengths and preprocessing of what was sampled, at Molmo2's frame size, with as many
+    threads as there are cores.
+    """
+    records, num_threads = [], torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
     for length in bench.preset.clip_seconds:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_long_clip(path, length)
-            counts, seconds = clip_seconds(str(path), bench.preset.rounds)
+            counts, seconds = clip_seconds(str(path), bench.preset.parity_rounds)
         for stage, times in seconds.items():
             cpu, wall = (summary(list(values)) for values in zip(*times, strict=True))
             files = BATCH if stage == TOGETHER else 1
             records.append(
                 {"section": "clip", **counts, "files": files, "stage": stage, "seconds": cpu, "wall_seconds": wall}
             )
+    torch.set_num_threads(num_threads)
     return records
 
 
@@ -847,6 +871,7 @@ def run(preset: Preset, sections: Sequence[str]) -> Iterator[dict]:
         "dtype": str(preset.dtype).removeprefix("torch."),
         "gradient_checkpointing": preset.gradient_checkpointing,
         "rounds": preset.rounds,
+        "parity_rounds": preset.parity_rounds,
         "new_tokens": preset.new_tokens,
         "seed": SEED,
         "clock": "CUDA events" if bench.clock is CudaClock else "CPU time of the process, others run beside it",

@@ -126,7 +126,7 @@ def clip_table(records: list[dict]) -> str:
             f"{1000 * record['seconds']['median']:.0f}",
             f"{1000 * record['wall_seconds']['median']:.0f}",
             f"{record['files'] * record['file_frames'] / record['wall_seconds']['median']:.0f}"
-            if "decode" in record["stage"]
+            if "preprocess" not in record["stage"]
             else "",
         ]
         for record in records
