@@ -7,6 +7,7 @@ pooled tokens a frame, `w` pooling window, `D` ViT width, `k` prune ratio.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,10 @@ from .configuration_stts_molmo import STTSMolmoConfig, validate_layers, validate
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch without it: the loop below computes the same
+except ImportError:
     varlen_attn = None
+if varlen_attn is not None and "window_size" not in inspect.signature(varlen_attn).parameters:
+    varlen_attn = None  # torch before 2.11: a loop over frames computes the same
 
 try:
     from stts_kernels import attention_pool
@@ -152,9 +155,13 @@ def temporal_dissimilarity(features: torch.Tensor, num_frames: Sequence[int]) ->
     Returns:
         float32 `(frames, P)`, zero in each video's first frame. Memory is linear in `frames * P`.
     """
-    features = features.float()
-    similarity = F.cosine_similarity(previous_frame(features, num_frames), features, dim=-1)
-    return zero_first_frames(1 - similarity, num_frames)
+    rows = []
+    for video in features.split(list(num_frames)):
+        rows.append(video.new_zeros(1, video.shape[1], dtype=torch.float32))
+        # A few frames at a time: of all patches of a long video, float32 copies would take gigabytes.
+        for before, after in zip(video[:-1].split(32), video[1:].split(32), strict=True):
+            rows.append(1 - F.cosine_similarity(before.float(), after.float(), dim=-1))
+    return torch.cat(rows)
 
 
 def random_scores(layout: VideoLayout, seed: int | None) -> torch.Tensor:
@@ -184,39 +191,58 @@ def torch_attention_pool(query: torch.Tensor, key: torch.Tensor, value: torch.Te
     return (logits.softmax(1).to(value.dtype) * value).sum(1)
 
 
-def pool_blocks(attention: Molmo2VisionAttention, blocks: torch.Tensor, use_kernels: bool) -> torch.Tensor:
-    """
-    Pool full blocks of patches; the query is their mean, keys and values are the patches (section 3.1).
+class STTSMolmoPoolingAttention(Molmo2VisionAttention):
+    """Native attention that also pools full blocks of patches, on CUDA without a kernel for sequences."""
 
-    Args:
-        attention: whose projections are used.
-        blocks: `(blocks, w * w, C)`.
-        use_kernels: take the Triton op on a CUDA device.
+    def __init__(self, config, stts_config, hidden_size: int | None = None):
+        super().__init__(config, hidden_size)
+        self.stts_config = stts_config
 
-    Returns:
-        `(blocks, D)`.
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        As the native forward, and without `hidden_states` one query for each block: the mean of its patches
+        (section 3.1).
 
-    Raises:
-        ImportError: the Triton op is wanted and cannot be imported.
-    """
-    query = blocks.mean(1, keepdim=True)
-    if not blocks.is_cuda or (attention.training and attention.attention_dropout):
-        return attention(query, blocks)[0][:, 0]
-    # Not by flash kernels: they round one query up to 128. For 256 frames the backward would want 16 GB of scratch
-    # memory, and index it beyond int32 (github.com/Dao-AILab/flash-attention/pull/2260).
-    query, key, value = (
-        proj(x).unflatten(-1, (-1, attention.head_dim))
-        for proj, x in ((attention.q_proj, query), (attention.k_proj, blocks), (attention.v_proj, blocks))
-    )
-    pool = torch_attention_pool
-    if use_kernels and not torch.compiler.is_compiling():  # the compiler makes a kernel of these operations itself
+        Args:
+            encoder_hidden_states: `(blocks, w * w, C)`.
+
+        Returns:
+            `(blocks, 1, D)`, and the attention weights where the native forward has them.
+
+        Raises:
+            ImportError: `use_kernels` is set, and the Triton op cannot be imported.
+        """
+        if hidden_states is not None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        blocks = encoder_hidden_states
+        query = blocks.mean(1, keepdim=True)
+        # Not torch's kernels on CUDA: flash rounds one query up to 128, so that by its sizes the backward of 256 frames
+        # wants 16 GB of scratch memory and overflows int32 (github.com/Dao-AILab/flash-attention/pull/2260), and all
+        # end at 65,535 blocks (github.com/pytorch/pytorch/issues/146704).
+        if not blocks.is_cuda or (self.training and self.attention_dropout):
+            return super().forward(query, blocks, attention_mask, **kwargs)
+        query, key, value = (
+            proj(x).unflatten(-1, (-1, self.head_dim))
+            for proj, x in ((self.q_proj, query), (self.k_proj, blocks), (self.v_proj, blocks))
+        )
+        pooled = self.find_op()(query[:, 0], key, value, self.scaling)
+        return self.o_proj(pooled.flatten(1)[:, None]), None
+
+    def find_op(self) -> Callable:
+        if not self.stts_config.use_kernels or torch.compiler.is_compiling():  # it makes a kernel itself
+            return torch_attention_pool
         if attention_pool is None:
             raise ImportError(
                 "use_kernels=True takes a Triton op of the package stts_kernels, which cannot be imported; install "
                 "stts-molmo and triton, or set config.stts_config.use_kernels = False."
             )
-        pool = attention_pool
-    return attention.o_proj(pool(query[:, 0], key, value, attention.scaling).flatten(1))
+        return attention_pool
 
 
 def init_scorer_weights(module: nn.Module):
@@ -237,8 +263,7 @@ class TokenScorer(nn.Module):
         super().__init__()
         width = vision_config.hidden_size
         hidden_size = stts_config.scorer_hidden_size or vision_config.intermediate_size
-        self.stts_config = stts_config
-        self.token_pooler = Molmo2VisionAttention(vision_config)
+        self.token_pooler = STTSMolmoPoolingAttention(vision_config, stts_config)
         self.fc1 = nn.Linear(2 * width, hidden_size)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
         self.fc3 = nn.Linear(hidden_size, 1)
@@ -258,13 +283,13 @@ class TokenScorer(nn.Module):
         """
         patches = blocks.flatten(0, 1)
         if layout.is_dense:
-            pooled = pool_blocks(self.token_pooler, patches, self.stts_config.use_kernels)
+            pooled, _ = self.token_pooler(None, patches)
         else:
             mask = (layout.blocks >= 0).repeat(blocks.shape[0], 1)
             query = patches.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
             attention_mask = torch.zeros_like(mask, dtype=patches.dtype)
             attention_mask = attention_mask.masked_fill(~mask, torch.finfo(patches.dtype).min)[:, None, None]
-            pooled = self.token_pooler(query, patches, attention_mask)[0]
+            pooled, _ = self.token_pooler(query, patches, attention_mask)
         pooled = pooled.view(*blocks.shape[:2], -1)
 
         hidden_states = torch.cat([previous_frame(pooled, layout.num_frames), pooled], dim=-1)
@@ -619,7 +644,10 @@ def varlen_attention(
         `(queries, heads, head_dim)`.
     """
     if varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen)
+        # A window as wide as a frame changes nothing but the choice of the kernel. Newer releases prefer cuDNN's, which
+        # is built anew for each number of survivors and counts elements in int32.
+        window = (max_seqlen, max_seqlen)
+        return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, window_size=window)
     query, key, value = (
         x.transpose(0, 1)[None].split(cu_seqlens.diff().tolist(), dim=2)
         for x, cu_seqlens in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
@@ -759,7 +787,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
     of the next layer, and the layers after that run on the survivors. Without a `layout` it is the native tower.
     """
 
-    _no_split_modules = ["STTSMolmoVisionEncoderLayer"]
+    _no_split_modules = ["STTSMolmoVisionEncoderLayer", "STTSMolmoPoolingAttention"]
 
     def __init__(self, config, stts_config, feature_layers: Sequence[int]):
         super().__init__(config)
@@ -868,9 +896,14 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
 class STTSMolmoAdapter(Molmo2Adapter):
     """Modifications: blocks that follow each other are pooled as they are, without a gather and without a mask."""
 
+    _no_split_modules = ["STTSMolmoPoolingAttention"]
+
     def __init__(self, config, stts_config):
         super().__init__(config)
-        self.stts_config = stts_config
+        self.block_size = stts_config.pooling_size**2
+        width = self.image_pooling_2d.q_proj.in_features
+        self.image_pooling_2d = STTSMolmoPoolingAttention(config, stts_config, width)
+        self.post_init()
 
     def forward(
         self, image_features: torch.Tensor, pooled_patches_idx: torch.Tensor | None, **kwargs
@@ -881,9 +914,9 @@ class STTSMolmoAdapter(Molmo2Adapter):
         """
         if pooled_patches_idx is not None:
             return super().forward(image_features, pooled_patches_idx, **kwargs)
-        blocks = image_features[0].unflatten(0, (-1, self.stts_config.pooling_size**2))
-        pooled = pool_blocks(self.image_pooling_2d, blocks, self.stts_config.use_kernels)
-        return BaseModelOutput(last_hidden_state=self.image_projector(pooled))
+        blocks = image_features[0].unflatten(0, (-1, self.block_size))
+        pooled, _ = self.image_pooling_2d(None, blocks, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.image_projector(pooled[:, 0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1621,10 +1654,8 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
                 num_items_in_batch=num_items_in_batch,
             )
             if outputs.aux_loss is not None:
-                # The Trainer adds up the losses of micro-batches and devices: the task loss in them is a share of a
-                # mean over all their labels, and so must be the auxiliary loss.
-                share = 1.0 if num_items_in_batch is None else len(targets) / num_items_in_batch
-                loss = loss + self.config.stts_config.aux_loss_weight * share * outputs.aux_loss
+                weight = self.config.stts_config.aux_loss_weight
+                loss = add_auxiliary_loss(loss, weight * outputs.aux_loss, len(targets), num_items_in_batch)
 
         return STTSMolmoCausalLMOutputWithPast(
             loss=loss,
@@ -1780,6 +1811,20 @@ def labelled_states(
     # A label with no survivor before it (the first one of a left-padded row) has nothing to be predicted from.
     rows, columns = ((targets != -100) & (positions >= 0)).nonzero(as_tuple=True)
     return hidden_states[rows, positions[rows, columns]], targets[rows, columns]
+
+
+def add_auxiliary_loss(
+    loss: torch.Tensor, aux_loss: torch.Tensor, num_labels: int, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """
+    The Trainer adds up the losses of micro-batches and devices: the task loss in them is a share of a mean over all
+    their `num_items_in_batch` labels, and so must be the auxiliary loss. It comes from where the vision tower is, the
+    task loss from where the language model ends.
+    """
+    share = 1.0 if num_items_in_batch is None else num_labels / num_items_in_batch
+    if isinstance(share, torch.Tensor):
+        share = share.to(loss.device)
+    return loss + share * aux_loss.to(loss.device)
 
 
 class FullPromptView:

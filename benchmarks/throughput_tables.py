@@ -46,8 +46,8 @@ def by_name(records: list[dict], cell: Callable[[dict], str], names: tuple[str, 
 
 
 def speed_over_native(record: dict) -> str:
-    if record.get("out_of_memory"):
-        return "out of memory"
+    if "failure" in record:
+        return "failed"
     speed = record["speedup_over_native"]
     return "" if speed is None else f"{speed['median']:.2f}"
 
@@ -69,7 +69,7 @@ def parity_table(records: list[dict]) -> str:
     rows = []
     for section, label in PARITY_SECTIONS.items():
         for record in records:
-            if (record["section"], record.get("name")) == (section, "k=0"):
+            if (record["section"], record.get("name")) == (section, "k=0") and record.get("speedup_over_native"):
                 ours = record["speedup_over_native"]
                 spread = f"{ours['min']:.2f} to {ours['max']:.2f}"
                 rows.append([label.format(**record), f"{ours['median']:.3f}", spread])
@@ -113,6 +113,7 @@ def pooling_table(records: list[dict]) -> str:
     rows = [
         [record["name"], f"{1000 * record['seconds']['median']:.1f}", f"{record['speedup_over_sdpa']['median']:.2f}"]
         for record in chosen
+        if record.get("speedup_over_sdpa")
     ]
     return table([f"pooling {chosen[0]['blocks']} blocks", "milliseconds", "speed, SDPA is 1"], rows)
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from conftest import make_model, video_tensors
 from stts_molmo import modeling_stts_molmo
-from stts_molmo.modeling_stts_molmo import VideoLayout, VisionCausalAttention
+from stts_molmo.modeling_stts_molmo import VideoLayout, VisionCausalAttention, add_auxiliary_loss, varlen_attention
 from test_scoring import layout_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+varlen = pytest.importorskip("torch.nn.attention.varlen")
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
     if modeling_stts_molmo.varlen_attn is None:
-        pytest.skip(f"torch {torch.__version__} has no varlen attention")
+        pytest.skip(f"varlen attention of torch {torch.__version__} has no window")
     if not torch.cuda.is_available():  # torch remembers the answer, and real devices want the true one
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
@@ -78,6 +80,32 @@ def test_vision_tower_and_adapter_are_one_graph_for_each_length(method):
         with mode:
             assert encode(*videos, method).shape == (expected, 32)
         assert len(graphs) == num_graphs
+
+
+def test_varlen_attention_is_that_of_flash(monkeypatch):
+    """cuDNN's would be built for every new number of survivors, while the device waits."""
+    select = getattr(varlen, "_select_backend", None)
+    if select is None:
+        pytest.skip(f"torch {torch.__version__} has no other kernel")
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda device_index: True)
+    monkeypatch.setattr(varlen, "_cudnn_version", lambda query: 92600)
+    chosen = []
+    monkeypatch.setattr(varlen, "_select_backend", lambda *args: chosen.append(select(*args)) or chosen[-1])
+    with FakeTensorMode():
+        states = torch.empty(40, 4, 16, dtype=torch.bfloat16, device="cuda")
+        offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+        varlen.varlen_attn(states, states, states, offsets, offsets, 36, 36)
+        varlen_attention(states, states, states, offsets, offsets, 36)
+    assert chosen == [varlen._CUDNN_ATTENTION_BACKEND, varlen._FLASH_ATTENTION_BACKEND]
+
+
+@pytest.mark.parametrize("num_items_in_batch", ["none", "number", "first device", "second device"])
+def test_a_model_on_two_devices_adds_up_its_losses(num_items_in_batch):
+    with FakeTensorMode():
+        aux_loss, loss = torch.empty((), device="cuda:0"), torch.empty((), device="cuda:1")
+        num_items = {"none": None, "number": 7, "first device": aux_loss, "second device": loss}[num_items_in_batch]
+        total = add_auxiliary_loss(loss, aux_loss, 3, num_items)
+    assert total.device == loss.device
 
 
 class Context:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_inputs, make_model
 from stts_molmo import modeling_stts_molmo
-from stts_molmo.modeling_stts_molmo import pool_blocks, torch_attention_pool
+from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention, torch_attention_pool
 from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionAttention
 
 from stts_kernels import attention_pool
@@ -115,30 +115,47 @@ def cuda_path(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
 
+def adapter_attention(**stts_config):
+    return make_model(**stts_config).to(DEVICE).model.multi_modal_projector.image_pooling_2d
+
+
 @pytest.mark.parametrize("use_kernels", [False, True])
 def test_blocks_are_pooled_as_by_the_native_attention(use_kernels, cuda_path):
-    model = make_model().to(DEVICE)
-    attention = model.model.multi_modal_projector.image_pooling_2d
+    attention = adapter_attention(use_kernels=use_kernels)
     blocks = torch.randn(5, 9, 32, device=DEVICE, requires_grad=True)
-    expected = attention(blocks.mean(1, keepdim=True), blocks)[0][:, 0]
-    ours = pool_blocks(attention, blocks, use_kernels)
+    expected, _ = attention(blocks.mean(1, keepdim=True), blocks)
+    ours, _ = attention(None, blocks)
     torch.testing.assert_close(ours, expected)
     grads = [torch.autograd.grad(x.square().sum(), blocks)[0] for x in (ours, expected)]
     torch.testing.assert_close(*grads)
 
 
-def test_no_block_meets_a_kernel_for_long_sequences(cuda_path, monkeypatch):
-    attention = make_model().to(DEVICE).model.vision_tower.token_scorer.token_pooler
+def test_no_block_meets_a_kernel_for_sequences(cuda_path, monkeypatch):
+    attention = adapter_attention()
     monkeypatch.setattr(Molmo2VisionAttention, "forward", None)
-    assert pool_blocks(attention, torch.randn(5, 9, 16, device=DEVICE), use_kernels=False).shape == (5, 16)
+    assert attention(None, torch.randn(5, 9, 32, device=DEVICE))[0].shape == (5, 1, 16)
 
 
 def test_dropout_is_left_to_the_native_attention(cuda_path):
-    attention = make_model().to(DEVICE).train().model.multi_modal_projector.image_pooling_2d
+    attention = adapter_attention().train()
     blocks = torch.randn(5, 9, 32, device=DEVICE)
-    without = pool_blocks(attention, blocks, use_kernels=False)
+    without, _ = attention(None, blocks)
     attention.attention_dropout = 0.5
-    assert not torch.allclose(pool_blocks(attention, blocks, use_kernels=False), without)
+    assert not torch.allclose(attention(None, blocks)[0], without)
+
+
+def test_blocks_are_pooled_in_the_forward_of_a_module():
+    """Where FSDP and accelerate bring weights and inputs; and both know it as one that is not split."""
+    model, calls = make_model().to(DEVICE), []
+    for module in model.modules():
+        if isinstance(module, STTSMolmoPoolingAttention):
+            module.register_forward_pre_hook(lambda module, args: calls.append(module))
+    model(**{name: value.to(DEVICE) for name, value in make_inputs([4]).items()})
+    assert calls == [
+        model.model.vision_tower.token_scorer.token_pooler,
+        model.model.multi_modal_projector.image_pooling_2d,
+    ]
+    assert "STTSMolmoPoolingAttention" in model._no_split_modules
 
 
 def test_use_kernels_chooses_the_triton_op(monkeypatch, cuda_path):
@@ -162,6 +179,6 @@ def test_use_kernels_chooses_the_triton_op(monkeypatch, cuda_path):
 
 def test_use_kernels_without_the_package_says_what_to_do(monkeypatch, cuda_path):
     monkeypatch.setattr(modeling_stts_molmo, "attention_pool", None)
-    attention = make_model().to(DEVICE).model.multi_modal_projector.image_pooling_2d
+    attention = adapter_attention(use_kernels=True)
     with pytest.raises(ImportError, match="use_kernels=True .* stts_kernels, .* install stts-molmo and triton"):
-        pool_blocks(attention, torch.randn(5, 9, 32, device=DEVICE), use_kernels=True)
+        attention(None, torch.randn(5, 9, 32, device=DEVICE))

@@ -30,6 +30,7 @@ def result(tmp_path_factory):
 def test_every_section_has_its_rows(result):
     rows = {}
     for record in result["records"]:
+        assert "failure" not in record
         rows.setdefault(record["section"], set()).add(record.get("name"))
     every = {row.name for row in throughput.ROWS}
     assert rows["prefill"] == rows["training"] == every
@@ -171,20 +172,57 @@ def test_limits_of_the_paper_settings_by_hand(videos, frames, delimiters):
 
 def test_a_row_without_memory_is_reported_and_the_others_measured(tmp_path):
     def out_of_memory():
-        raise torch.OutOfMemoryError
+        raise torch.OutOfMemoryError("of 80 GB\nand a long explanation")
 
     steps = {throughput.NATIVE: out_of_memory, throughput.UNPRUNED: lambda: None, throughput.HALF: lambda: None}
     measurements = throughput.take_turns(steps, throughput.CpuClock, rounds=2)
-    assert [row for row, measurement in measurements.items() if measurement is None] == [throughput.NATIVE]
+    assert [row for row, measurement in measurements.items() if measurement.failure] == [throughput.NATIVE]
     config, operations = STTSMolmoConfig(**throughput.PRESETS["dry-run"].config), dict.fromkeys(steps, 1.0)
     records = throughput.describe("growth with frames", config, Shape(1, 3, 5, 8), measurements, operations)
-    assert records[0]["out_of_memory"] and records[2]["speedup_over_native"] is None
+    assert records[0]["failure"] == "OutOfMemoryError: of 80 GB" and records[2]["speedup_over_native"] is None
     assert records[2]["speedup_over_k0"]["median"] >= 0
     result = {"preset": "gpu", "hardware": "none", "versions": {"torch": "none"}, "records": records}
     throughput.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
     cells = [throughput_tables.speed_over_native(record) for record in records]
-    assert cells == ["out of memory", "", ""]
+    assert cells == ["failed", "", ""]
+
+
+def test_a_row_that_fails_later_on_is_left_out_from_then_on():
+    calls = []
+
+    def fail_once_warm():
+        calls.append(None)
+        if len(calls) > 1:
+            raise RuntimeError("CUDA error: invalid configuration argument")
+
+    steps = {"fails": fail_once_warm, "works": lambda: None}
+    measurements = throughput.take_turns(steps, throughput.CpuClock, rounds=3)
+    assert len(calls) == 2 and measurements["fails"].times() == {
+        "failure": "RuntimeError: CUDA error: invalid configuration argument"
+    }
+    assert len(measurements["works"].seconds) == 3
+    assert throughput.ratios(measurements["works"], measurements["fails"]) is None
+
+
+def test_rows_take_turns():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    throughput.take_turns(steps, throughput.WallClock, rounds=3)
+    assert "".join(order) == "ab" + "ba" + "ab" + "ba"
+
+
+def test_a_training_step_that_fails_leaves_no_gradient(monkeypatch):
+    models = throughput.build_models(throughput.PRESETS["dry-run"])
+
+    def fail(models, row, inputs):
+        models.ours.lm_head.weight.grad = torch.ones_like(models.ours.lm_head.weight)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(throughput, "encode", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        throughput.encode_training_step(models, throughput.NATIVE, {})
+    assert models.native.lm_head.weight.grad is None
 
 
 def test_one_section_with_or_without_checkpointing(tmp_path):

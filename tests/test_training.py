@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from conftest import config_dict, make_inputs, make_model, randomize
 from datasets import Dataset
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoPoolingAttention
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.training import VideoQACollator, log_aux_loss, parameter_groups
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -404,3 +406,42 @@ def test_trl_trains_the_model_as_it_is(tmp_path):
     for name in ("patch_embedding.weight", "token_scorer.fc3.weight"):
         name = f"model.vision_tower.{name}"
         assert not torch.equal(model.get_parameter(name), before[name]), name
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of processes with one member."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_cuda", [False, True], ids=["on a CPU", "on CUDA"])
+def test_fsdp_gives_the_same_gradients(is_cuda, one_process, monkeypatch):
+    """Sharded as accelerate does it: every module that is not to be split is a unit with hooks of its own."""
+    forward = STTSMolmoPoolingAttention.forward
+
+    def forward_as_on_cuda(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", is_cuda)
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(STTSMolmoPoolingAttention, "forward", forward_as_on_cuda)
+    inputs = make_inputs([4, 6], side="right")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 60, -100)
+    mesh = init_device_mesh("cpu", (1,))
+    whole, sharded = (make_model().train() for _ in range(2))
+    for module in sharded.modules():
+        if type(module).__name__ in sharded._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    losses = [model(**inputs).loss for model in (whole, sharded)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    expected = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected.pop(name).grad)
+    assert all(parameter.grad is None for parameter in expected.values())
