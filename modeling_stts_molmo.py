@@ -223,8 +223,8 @@ class STTSMolmoPoolingAttention(Molmo2VisionAttention):
         blocks = encoder_hidden_states
         query = blocks.mean(1, keepdim=True)
         # Not torch's kernels on CUDA: flash rounds one query up to 128, so that by its sizes the backward of 256 frames
-        # wants 16 GB of scratch memory and overflows int32 (github.com/Dao-AILab/flash-attention/pull/2260), and all
-        # end at 65,535 blocks (github.com/pytorch/pytorch/issues/146704).
+        # wants 16 GB of scratch memory and overflows int32 (github.com/Dao-AILab/flash-attention/pull/2260), and some
+        # releases fail beyond 65,535 blocks (github.com/pytorch/pytorch/issues/146704).
         if not blocks.is_cuda or (self.training and self.attention_dropout):
             return super().forward(query, blocks, attention_mask, **kwargs)
         query, key, value = (

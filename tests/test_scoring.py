@@ -76,8 +76,8 @@ def test_previous_frame_never_crosses_a_video():
 
 
 def test_dissimilarity_equals_a_loop():
-    num_frames = [3, 1, 2]
-    features = torch.randn(6, 4, 5, dtype=torch.bfloat16)
+    num_frames = [3, 1, 70]
+    features = torch.randn(74, 4, 5, dtype=torch.bfloat16)
     result = temporal_dissimilarity(features, num_frames)
     offset = 0
     for count in num_frames:
