@@ -66,15 +66,19 @@ def test_waiting_would_be_found():
         encode(*videos, "scorer")
 
 
-@pytest.mark.parametrize("method", ["scorer", "cosine", "tome"])
-def test_vision_tower_and_adapter_are_one_graph_for_each_length(method):
+@pytest.mark.parametrize(
+    ("method", "use_kernels"), [("scorer", False), ("scorer", True), ("cosine", False), ("tome", False)]
+)
+def test_vision_tower_and_adapter_are_one_graph_for_each_length(method, use_kernels):
     mode, graphs = FakeTensorMode(), []
 
     def run_as_it_is(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
-    encode = torch.compile(fake_encoder(mode), backend=run_as_it_is, fullgraph=True, dynamic=False)
+    encode = torch.compile(
+        fake_encoder(mode, use_kernels=use_kernels), backend=run_as_it_is, fullgraph=True, dynamic=False
+    )
     for num_frames, expected, num_graphs in ([4, 6], 20, 1), ([4, 6], 20, 1), ([8], 16, 2):
         videos = fake_videos(mode, num_frames)
         with mode:
