@@ -7,6 +7,18 @@ from torch.autograd.function import once_differentiable
 
 
 @triton.jit
+def locate(
+    slots: tl.constexpr, heads: tl.constexpr, head_dim: tl.constexpr, SLOTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Where this program's block and head are: offsets in the query, in the keys, and which of them exist."""
+    block, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0) % heads
+    channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
+    head_offsets = (block * heads + head) * head_dim + channel
+    key_offsets = ((block * slots + slot[:, None]) * heads + head) * head_dim + channel[None, :]
+    return head_offsets, key_offsets, channel < head_dim, slot < slots
+
+
+@triton.jit
 def load_block(query, key, value, head_offsets, key_offsets, is_channel, is_slot, scaling):
     """Query `(channels,)`, keys and values `(slots, channels)` of one block and head, and the weights `(slots,)`."""
     q = tl.load(query + head_offsets, mask=is_channel, other=0.0).to(tl.float32)
@@ -31,11 +43,7 @@ def attention_pool_forward(
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    block, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0) % heads
-    channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
-    is_channel, is_slot = channel < head_dim, slot < slots
-    head_offsets = (block * heads + head) * head_dim + channel
-    key_offsets = ((block * slots + slot[:, None]) * heads + head) * head_dim + channel[None, :]
+    head_offsets, key_offsets, is_channel, is_slot = locate(slots, heads, head_dim, SLOTS, CHANNELS)
     _, _, v, weights = load_block(query, key, value, head_offsets, key_offsets, is_channel, is_slot, scaling)
     pooled = tl.sum(weights[:, None] * v, axis=0)
     tl.store(output + head_offsets, pooled.to(output.dtype.element_ty), mask=is_channel)
@@ -57,11 +65,7 @@ def attention_pool_backward(
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    block, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0) % heads
-    channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
-    is_channel, is_slot = channel < head_dim, slot < slots
-    head_offsets = (block * heads + head) * head_dim + channel
-    key_offsets = ((block * slots + slot[:, None]) * heads + head) * head_dim + channel[None, :]
+    head_offsets, key_offsets, is_channel, is_slot = locate(slots, heads, head_dim, SLOTS, CHANNELS)
     q, k, v, weights = load_block(query, key, value, head_offsets, key_offsets, is_channel, is_slot, scaling)
     g = tl.load(grad + head_offsets, mask=is_channel, other=0.0).to(tl.float32)
     grad_weights = tl.sum(v * g[None, :], axis=1)
