@@ -110,11 +110,11 @@ def ask_table(records: list[dict]) -> str:
 def pooling_table(records: list[dict]) -> str:
     """Forward and backward of the attention that pools blocks."""
     chosen = [record for record in records if record["section"] == "pooling"]
-    rows = [
-        [record["name"], f"{1000 * record['seconds']['median']:.1f}", f"{record['speedup_over_sdpa']['median']:.2f}"]
-        for record in chosen
-        if record.get("speedup_over_sdpa")
-    ]
+    rows = []
+    for record in chosen:
+        speed = record["speedup_over_sdpa"]
+        milliseconds = f"{1000 * record['seconds']['median']:.1f}" if "seconds" in record else "failed"
+        rows.append([record["name"], milliseconds, f"{speed['median']:.2f}" if speed else ""])
     return table([f"pooling {chosen[0]['blocks']} blocks", "milliseconds", "speed, SDPA is 1"], rows)
 
 

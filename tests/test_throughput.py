@@ -205,6 +205,13 @@ def test_a_row_that_fails_later_on_is_left_out_from_then_on():
     assert throughput.ratios(measurements["works"], measurements["fails"]) is None
 
 
+def test_a_way_to_pool_that_fails_leaves_the_times_of_the_others():
+    failed = {"section": "pooling", "name": "SDPA", "blocks": 7, "failure": "RuntimeError", "speedup_over_sdpa": None}
+    timed = {"section": "pooling", "name": "torch", "blocks": 7, "seconds": {"median": 0.5}, "speedup_over_sdpa": None}
+    lines = throughput_tables.pooling_table([failed, timed]).splitlines()
+    assert lines[2:] == ["| SDPA | failed |  |", "| torch | 500.0 |  |"]
+
+
 def test_rows_take_turns():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
