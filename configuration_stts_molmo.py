@@ -3,7 +3,7 @@
 from numbers import Real
 
 from huggingface_hub.dataclasses import strict
-from transformers import Molmo2Config
+from transformers import AutoConfig, Molmo2Config
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -16,6 +16,14 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_stts_molmo.STTSMolmoForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_stts_molmo.STTSMolmoForConditionalGeneration",
 }
+
+
+def is_remote_code(module_name: str) -> bool:
+    """
+    Whether a module is a checkpoint's copy of our code. The installed package registers its classes with the Auto
+    classes, which then need no `trust_remote_code`; a copy must not, or trusting one checkpoint would trust all.
+    """
+    return module_name.startswith("transformers_modules.")
 
 
 def validate_prune_ratio(prune_ratio: float) -> float:
@@ -195,5 +203,8 @@ class STTSMolmoConfig(Molmo2Config):
 
 
 STTSMolmoConfig.register_for_auto_class()
+
+if not is_remote_code(__name__):
+    AutoConfig.register(STTSMolmoConfig.model_type, STTSMolmoConfig)
 
 __all__ = ["STTSConfig", "STTSMolmoConfig"]

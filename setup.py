@@ -18,9 +18,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # The modules stay flat at the root, as a Hub repository needs them; installed, they are `stts_molmo.*`.
-    packages=["stts_molmo", "stts_kernels"],
+    packages=["stts_molmo", "stts_molmo.tools", "stts_kernels"],
     package_dir={"stts_molmo": ".", "stts_kernels": "stts_kernels"},
-    package_data={"stts_molmo": ["checkpoints/stts-molmo-tiny/*"]},
+    package_data={"stts_molmo": ["py.typed", "checkpoints/stts-molmo-tiny/*", "tools/entry/__main__.py"]},
     install_requires=[
         "accelerate",
         "av>=15",
@@ -31,5 +31,5 @@ setup(
         "typer",
     ],
     extras_require={"train": TRAIN, "test": TEST},
-    entry_points={"console_scripts": ["stts-molmo = stts_molmo.cli:app"]},
+    entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
 )

@@ -32,19 +32,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from operation_count import Shape, forward_operations, grid_sizes
-from stts_molmo.cli import answer_question
+from stts_molmo.attention_stts_molmo import attention_pool, torch_attention_pool
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import (
-    VIDEO_INPUTS,
-    STTSMolmoForConditionalGeneration,
-    STTSMolmoVideoFeatures,
-    attention_pool,
-    num_kept_tokens,
-    select_tokens,
-    torch_attention_pool,
-)
-from stts_molmo.processing_stts_molmo import (
-    STTSMolmoVideoProcessor,
+from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS, STTSMolmoForConditionalGeneration, STTSMolmoVideoFeatures
+from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
+from stts_molmo.pruning_stts_molmo import num_kept_tokens, select_tokens
+from stts_molmo.tools.answer import answer_question
+from stts_molmo.video_stts_molmo import (
     VideoDecoder,
     decode_clip_with_pyav,
     decode_clip_with_torchcodec,

@@ -21,7 +21,7 @@ from datasets import Dataset, Video, load_dataset
 from stts_molmo.configuration_stts_molmo import validate_prune_ratio
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.training import VideoQACollator, log_aux_loss, parameter_groups
+from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stts_molmo.cli import BUNDLED_CHECKPOINT, app
 from stts_molmo.modeling_stts_molmo import STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
+from stts_molmo.tools.cli import BUNDLED_CHECKPOINT, app
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -82,7 +82,7 @@ def test_ask_prints_answer_and_one_line_of_figures(clip):
 
 
 def test_ask_json_is_one_object_in_a_fresh_process(clip):
-    command = [sys.executable, "-c", "from stts_molmo.cli import app; app()", "ask", clip, QUESTION, "--json"]
+    command = [sys.executable, "-c", "from stts_molmo.tools.cli import app; app()", "ask", clip, QUESTION, "--json"]
     output = subprocess.run(command, capture_output=True, text=True, check=False, cwd=clip.parent)
     assert output.returncode == 0, output.stderr
     result = json.loads(output.stdout)
@@ -227,7 +227,7 @@ def test_help_shows_an_example(command):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, stts_molmo.cli; print({'torch', 'transformers', 'av', 'numpy'} & set(sys.modules))"
+    code = "import sys, stts_molmo.tools.cli; print({'torch', 'transformers', 'av', 'numpy'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout == "set()\n"
 
@@ -289,7 +289,7 @@ def test_unusable_video(bad_videos, name, word):
 
 
 def test_error_in_a_fresh_process(tmp_path):
-    command = [sys.executable, "-c", "from stts_molmo.cli import app; app()", "ask", "missing.mp4", QUESTION]
+    command = [sys.executable, "-c", "from stts_molmo.tools.cli import app; app()", "ask", "missing.mp4", QUESTION]
     output = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert output.returncode == 2
     assert not output.stdout

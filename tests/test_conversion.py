@@ -16,8 +16,8 @@ from conftest import VOCAB_SIZE, config_dict, make_inputs, make_native
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stts_molmo.configuration_stts_molmo import STTSConfig
-from stts_molmo.conversion import convert_checkpoint
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from stts_molmo.tools.conversion import convert_checkpoint
 from test_remote_code import HubHandler
 from transformers import (
     AutoTokenizer,
@@ -289,7 +289,7 @@ def test_converted_checkpoint_brings_its_code(source, tmp_path):
 
 
 CONVERT_FROM_HUB = """
-from stts_molmo.conversion import convert_checkpoint
+from stts_molmo.tools.conversion import convert_checkpoint
 convert_checkpoint("team/clips-qa", "stts", dict(prune_layer=1))
 """
 
@@ -319,7 +319,7 @@ def test_source_on_a_hub(molmo2, source, tmp_path):
 
 MEASURE = """
 import resource, sys
-from stts_molmo.conversion import convert_checkpoint
+from stts_molmo.tools.conversion import convert_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint(sys.argv[1], sys.argv[3], dict(prune_layer=1))
 before = peak()

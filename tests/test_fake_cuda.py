@@ -6,8 +6,10 @@ asked for. Between the pixels and the LLM's tokens nothing waits for the device,
 import pytest
 import torch
 from conftest import make_model, video_tensors
-from stts_molmo import modeling_stts_molmo
-from stts_molmo.modeling_stts_molmo import VideoLayout, VisionCausalAttention, add_auxiliary_loss, varlen_attention
+from stts_molmo import attention_stts_molmo
+from stts_molmo.attention_stts_molmo import VisionCausalAttention, varlen_attention
+from stts_molmo.modeling_stts_molmo import add_auxiliary_loss
+from stts_molmo.pruning_stts_molmo import VideoLayout
 from test_scoring import layout_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -16,7 +18,7 @@ varlen = pytest.importorskip("torch.nn.attention.varlen")
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    if modeling_stts_molmo.varlen_attn is None:
+    if attention_stts_molmo.varlen_attn is None:
         pytest.skip(f"varlen attention of torch {torch.__version__} has no window")
     if not torch.cuda.is_available():  # torch remembers the answer, and real devices want the true one
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

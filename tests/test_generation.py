@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, make_inputs, make_model, make_native
-from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS, _compact_cached_prompt
+from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS
+from stts_molmo.prompt_stts_molmo import _compact_cached_prompt
 from test_model import BATCH, CASES, solo
 from transformers import (
     DynamicCache,

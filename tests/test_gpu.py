@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import make_inputs, make_model, make_native, video_tensors
 from stts_molmo import modeling_stts_molmo
+from stts_molmo.attention_stts_molmo import vision_causal_mask
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention, vision_causal_mask
+from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention
 from test_llm_attention import CASES, outputs_and_gradients, torch_dense_mask
 from test_scoring import layout_of
 

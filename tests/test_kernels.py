@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import make_inputs, make_model
 from stts_molmo import modeling_stts_molmo
-from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention, torch_attention_pool
+from stts_molmo.attention_stts_molmo import torch_attention_pool
+from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention
 from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionAttention
 
 from stts_kernels import attention_pool

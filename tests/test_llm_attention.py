@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_inputs, make_model, video_tensors
 from stts_molmo import modeling_stts_molmo
-from stts_molmo.modeling_stts_molmo import VisionCausalMask, vision_causal_mask
+from stts_molmo.attention_stts_molmo import VisionCausalMask, vision_causal_mask
 from test_generation import BEAMS, GREEDY, new_tokens
 from test_model import BATCH, with_labels
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -13,7 +13,8 @@ from conftest import (
     make_native,
     video_tensors,
 )
-from stts_molmo.modeling_stts_molmo import consecutive_positions, labelled_states, plan_compaction
+from stts_molmo.modeling_stts_molmo import labelled_states
+from stts_molmo.prompt_stts_molmo import consecutive_positions, plan_compaction
 
 
 def image_inputs(num_images: int) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_modules_and_checkpoint_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {f"stts_molmo/{path.name}" for path in ROOT.glob("*.py") if path.name != "setup.py"}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"), ROOT / "py.typed"]
+    modules = {f"stts_molmo/{path.relative_to(ROOT).as_posix()}" for path in files} - {"stts_molmo/setup.py"}
     kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "stts_kernels").glob("*.py")}
     checkpoint = {f"stts_molmo/{CHECKPOINT}/{path.name}" for path in (ROOT / CHECKPOINT).iterdir()}
     assert packed == modules | kernels | checkpoint
@@ -50,9 +51,9 @@ def test_unpacked_wheel_answers_without_the_repository(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
         entry_points = archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt")))
-    assert b"stts-molmo = stts_molmo.cli:app" in entry_points
+    assert b"stts-molmo = stts_molmo.tools.cli:app" in entry_points
     clip = shutil.copy(min((ROOT / "examples" / "clips").glob("*.mp4")), tmp_path / "clip.mp4")
-    code = "import stts_molmo.cli as cli; print(cli.__file__); cli.app()"
+    code = "import stts_molmo.tools.cli as cli; print(cli.__file__); cli.app()"
     output = subprocess.run(
         [sys.executable, "-c", code, "ask", clip, "What color is the ball?", "--json", "--device", "cpu"],
         cwd=tmp_path,
@@ -63,7 +64,7 @@ def test_unpacked_wheel_answers_without_the_repository(wheel, tmp_path):
     )
     assert output.returncode == 0, output.stderr
     module, answer = output.stdout.splitlines()
-    assert Path(module) == tmp_path / "stts_molmo" / "cli.py"
+    assert Path(module) == tmp_path / "stts_molmo" / "tools" / "cli.py"
     assert json.loads(answer)["answer"]
 
 

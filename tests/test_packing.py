@@ -5,7 +5,7 @@ import torch
 from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from stts_molmo.modeling_stts_molmo import (
+from stts_molmo.attention_stts_molmo import (
     Bins,
     first_fit_descending,
     fold_key_bias,

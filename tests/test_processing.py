@@ -20,13 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from stts_molmo.processing_stts_molmo import (
-    STTSMolmoProcessor,
-    STTSMolmoVideoProcessor,
-    sample_frame_indices,
-    sample_frame_times,
-    scaled_num_frames,
-)
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from stts_molmo.video_stts_molmo import sample_frame_indices, sample_frame_times, scaled_num_frames
 from test_video_decoding import write_video
 from transformers import (
     AutoProcessor,
@@ -627,7 +622,7 @@ def test_saved_files_name_their_classes(checkpoint):
     assert video_auto_map["AutoVideoProcessor"] == "processing_stts_molmo.STTSMolmoVideoProcessor"
     assert saved["image_processor"]["image_processor_type"] == "Molmo2ImageProcessor"
     code = sorted(path.name for path in checkpoint.glob("*.py"))
-    assert code == ["configuration_stts_molmo.py", "processing_stts_molmo.py"]
+    assert code == ["configuration_stts_molmo.py", "processing_stts_molmo.py", "video_stts_molmo.py"]
 
 
 def test_a_native_checkpoint_gets_our_video_processor(tmp_path):

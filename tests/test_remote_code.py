@@ -13,9 +13,9 @@ import torch
 from conftest import make_inputs, make_model, make_native
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.tools.checkpoint import CODE_FILES
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "stts-molmo-tiny"
-CODE = {"configuration_stts_molmo.py", "modeling_stts_molmo.py", "processing_stts_molmo.py"}
 
 # Nothing of ours, not even where it is installed.
 PREAMBLE = """
@@ -77,7 +77,7 @@ with torch.no_grad():
 
 
 def test_every_file_that_loading_needs_is_saved(checkpoint):
-    assert {path.name for path in checkpoint.glob("*.py")} == CODE
+    assert {path.name for path in checkpoint.glob("*.py")} == {path.name for path in CODE_FILES}
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
 

@@ -5,7 +5,7 @@ import torch
 from conftest import make_model, video_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from stts_molmo.modeling_stts_molmo import (
+from stts_molmo.pruning_stts_molmo import (
     VideoLayout,
     auxiliary_loss,
     log_score_bias,

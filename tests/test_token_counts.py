@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import config_dict
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, num_kept_tokens
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from stts_molmo.pruning_stts_molmo import num_kept_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import Molmo2ImageProcessor, PreTrainedTokenizerFast
 

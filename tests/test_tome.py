@@ -3,14 +3,9 @@
 import pytest
 import torch
 from conftest import make_inputs, make_model, video_tensors
+from stts_molmo.attention_stts_molmo import fold_key_bias, plan_packing
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import (
-    MERGED_AWAY_BIAS,
-    fold_key_bias,
-    merge_tokens,
-    merging_shares,
-    plan_packing,
-)
+from stts_molmo.pruning_stts_molmo import MERGED_AWAY_BIAS, merge_tokens, merging_shares
 from test_model import with_labels
 from test_scoring import layout_of
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoPoolingAttention
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.training import VideoQACollator, log_aux_loss, parameter_groups
+from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments

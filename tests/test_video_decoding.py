@@ -11,8 +11,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-import stts_molmo.processing_stts_molmo as processing
-from stts_molmo.processing_stts_molmo import (
+import stts_molmo.video_stts_molmo as video_module
+from stts_molmo.video_stts_molmo import (
     EncodedVideo,
     decode_clip,
     read_frame_index,
@@ -120,33 +120,33 @@ def test_each_container_gives_the_frames_shown_and_their_times(container_clip):
 
 
 def test_jumping_and_decoding_on_give_the_same_pixels(container_clip, monkeypatch):
-    monkeypatch.setattr(processing, "VideoDecoder", None)
+    monkeypatch.setattr(video_module, "VideoDecoder", None)
     index = read_frame_index(container_clip)
     targets = index.pts[[0, 1, 10, 11, 12, 13, 23, 24, 40, 41, 58, 59]]
     jumps = []
-    seek_frames = processing.seek_frames
+    seek_frames = video_module.seek_frames
 
     def count(*args):
         jumps.append(args)
         return seek_frames(*args)
 
-    monkeypatch.setattr(processing, "seek_frames", count)
-    monkeypatch.setattr(processing, "MIN_FRAMES_TO_JUMP", 10**6)
+    monkeypatch.setattr(video_module, "seek_frames", count)
+    monkeypatch.setattr(video_module, "MIN_FRAMES_TO_JUMP", 10**6)
     sequential, sequential_pts = decode_clip(container_clip, index, targets)
     assert not jumps
-    monkeypatch.setattr(processing, "MIN_FRAMES_TO_JUMP", 0)
+    monkeypatch.setattr(video_module, "MIN_FRAMES_TO_JUMP", 0)
     jumped, jumped_pts = decode_clip(container_clip, index, targets)
     assert jumps or len(index.keyframes) == 1
     assert jumped_pts.tolist() == sequential_pts.tolist() == targets.tolist()
     assert jumped.equal(sequential)
 
 
-@pytest.mark.skipif(processing.VideoDecoder is None, reason="torchcodec is not installed, or does not load")
+@pytest.mark.skipif(video_module.VideoDecoder is None, reason="torchcodec is not installed, or does not load")
 def test_torchcodec_takes_the_frames_that_pyav_takes(container_clip, monkeypatch):
     index = read_frame_index(container_clip)
     targets = index.pts[[3, 3, 20, 41, -1]]
     clip, taken = decode_clip(container_clip, index, targets)
-    monkeypatch.setattr(processing, "VideoDecoder", None)
+    monkeypatch.setattr(video_module, "VideoDecoder", None)
     expected, expected_taken = decode_clip(container_clip, index, targets)
     assert taken.tolist() == expected_taken.tolist()
     assert (clip.int() - expected.int()).abs().max() <= 2  # colour conversion may round otherwise
@@ -163,14 +163,14 @@ def test_a_time_between_two_frames_shows_the_first_of_them(container_clip):
 def test_far_apart_samples_skip_most_of_the_file(tmp_path, monkeypatch):
     path = str(write_video(tmp_path / "long.mp4", num_frames=600))
     decoded = []
-    iterate_frames = processing.iterate_frames
+    iterate_frames = video_module.iterate_frames
 
     def count(*args):
         for frame in iterate_frames(*args):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(processing, "iterate_frames", count)
+    monkeypatch.setattr(video_module, "iterate_frames", count)
     clip, _ = read(path, num_frames=5, fps=None)
     assert [frame_number(frame) for frame in clip] == [0, 149 % 50, 299 % 50, 449 % 50, 599 % 50]
     assert len(decoded) < 5 * 12 + 5
@@ -381,7 +381,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         write_video(tmp_path / f"{name}.mp4", seconds, fps=1, size=(160, 120), codec="mpeg4")
     program = f"""
 import resource, sys
-from stts_molmo.processing_stts_molmo import read_video, sample_frame_indices, sample_frame_times
+from stts_molmo.video_stts_molmo import read_video, sample_frame_indices, sample_frame_times
 def sample(metadata):
     return sample_frame_indices(metadata.frame_times, sample_frame_times(metadata.frame_times[-1]))
 peaks = []

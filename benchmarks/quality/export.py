@@ -8,8 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-CODE = ("configuration_stts_molmo.py", "modeling_stts_molmo.py", "processing_stts_molmo.py")
+from stts_molmo.tools.checkpoint import CODE_FILES
 
 
 def export(trained: Path, destination: Path) -> None:
@@ -18,10 +17,10 @@ def export(trained: Path, destination: Path) -> None:
     for file in trained.iterdir():
         if file.suffix != ".py":
             shutil.copyfile(file, destination / file.name)
-    for name in CODE:
-        link = destination / name
+    for file in CODE_FILES:
+        link = destination / file.name
         link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(ROOT / name, destination))
+        link.symlink_to(os.path.relpath(file, destination))
 
 
 if __name__ == "__main__":

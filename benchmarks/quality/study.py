@@ -21,10 +21,10 @@ from evaluate import clip_batches, provenance
 from fit import fit
 from scenes import FIRST_SEED
 from stts_molmo.configuration_stts_molmo import STTSConfig
-from stts_molmo.conversion import convert_checkpoint
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.training import parameter_groups
+from stts_molmo.tools.conversion import convert_checkpoint
+from stts_molmo.tools.training import parameter_groups
 from transformers.utils.logging import disable_progress_bar
 
 NUM_FRAMES = 8  # of training, and of a short clip's beats

@@ -14,9 +14,9 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .configuration_stts_molmo import STTSConfig, STTSMolmoConfig
-from .modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
-from .processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
+from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
+from ..processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
 
 SOURCE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

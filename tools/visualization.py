@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoVideoFeatures
-from .processing_stts_molmo import STTSMolmoProcessor
+from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoVideoFeatures
+from ..processing_stts_molmo import STTSMolmoProcessor
 
 TILE = 162  # pixels of a drawn frame's side
 GAP = 6

@@ -1,0 +1,1 @@
+../../pruning_stts_molmo.py

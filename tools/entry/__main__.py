@@ -1,0 +1,5 @@
+"""`python -m stts_molmo`. In a folder of its own: at the root it would be taken for a Hub repository's file."""
+
+from stts_molmo.tools.cli import app
+
+app(prog_name="stts-molmo")
