@@ -4,6 +4,7 @@ pooling of blocks, and the LLM's mask without a matrix.
 Torch's own kernels throughout; what only some releases or machines have is imported beside its use.
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -117,8 +118,9 @@ def first_fit_descending(counts: Sequence[int], capacity: int) -> Bins:
 
 def refill_lone_frames(keep_mask: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
     """
-    Give each frame that shares its bin with no other frame of its video all its tokens back (authors' code). Frames
-    without a survivor stay empty.
+    Give each frame that shares its bin with no other frame of its video all its tokens back. Frames without a survivor
+    stay empty. The authors' code bins all videos of a batch together; here each is binned alone, so that a video's
+    tokens do not depend on its batch. For single videos it is the same.
 
     Args:
         keep_mask: bool `(frames, P)`.
@@ -198,6 +200,19 @@ def fold_key_bias(
     return query, key, F.pad(value, (0, padding + 2))
 
 
+@torch.compiler.assume_constant_result
+def is_flash_enabled(device_index: int) -> bool:
+    """Whether a CUDA device has flash kernels (not before Ampere) and nobody has turned them off."""
+    return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_capability(device_index) >= (8, 0)
+
+
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Whether torch's varlen attention runs where `query` is and in its dtype."""
+    if varlen_attn is None or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return is_flash_enabled(query.device.index)
+
+
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -220,7 +235,7 @@ def varlen_attention(
     Returns:
         `(queries, heads, head_dim)`.
     """
-    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if has_varlen_kernel(query) and not dropout:
         # A window as wide as a frame changes nothing but the choice of the kernel. Newer releases prefer cuDNN's, which
         # is built anew for each number of survivors and counts elements in int32.
         window = (max_seqlen, max_seqlen)
@@ -262,6 +277,28 @@ def torch_attention_pool(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 MIN_UNMASKED_LENGTH = 3072
 
 
+# The private operators below, by the arguments that they are given. `F.scaled_dot_product_attention` calls the same,
+# but keeps the log-sum-exp to itself, without which two passes cannot be merged.
+FLASH_ARGUMENTS = {
+    "_scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask scale",
+    "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q "
+    "max_k dropout_p is_causal philox_seed philox_offset scale",
+    "_scaled_dot_product_flash_attention_for_cpu": "query key value dropout_p is_causal attn_mask scale",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "grad_out query key value out logsumexp dropout_p "
+    "is_causal attn_mask scale",
+}
+
+
+@functools.cache
+def are_flash_operators_known() -> bool:
+    """Whether this torch has the operators that [`causal_attention`] calls, with the arguments that it gives them."""
+    operators = {name: getattr(torch.ops.aten, name, None) for name in FLASH_ARGUMENTS}
+    return all(
+        operator is not None and [a.name for a in operator.default._schema.arguments] == FLASH_ARGUMENTS[name].split()
+        for name, operator in operators.items()
+    )
+
+
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, tuple]:
@@ -272,7 +309,8 @@ def causal_attention(
         query, key, value: `(1, heads, length, head_dim)`, `length` at least 1.
 
     Returns:
-        Output, shaped as `query`; float32 log-sum-exp `(1, heads, length)`; what the backward wants besides.
+        Output, shaped as `query`; float32 log-sum-exp `(1, heads, length)`; what the backward wants besides: on CUDA
+        the offsets and lengths of the sequences and the state of the random generator, on a CPU nothing.
     """
     if query.is_cuda:
         output, logsumexp, *state, _ = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -349,21 +387,37 @@ class VisionCausalAttention(torch.autograd.Function):
         return *grads, None, None
 
 
+class Sample(NamedTuple):
+    """
+    A sequence within a row: whole rows without their padding, or several to a row where samples are packed.
+
+    row: of the batch.
+    start, stop: its positions in the row.
+    vision: int64 `(vision tokens,)`, their positions counted from `start`, last one first.
+    """
+
+    row: int
+    start: int
+    stop: int
+    vision: torch.Tensor
+
+
 class VisionCausalMask(torch.Tensor):
     """
     Stands for the mask of Molmo2's LLM without being built: `F.scaled_dot_product_attention` hands over to it, as to
-    `torch.nn.attention.bias.CausalBias`. It has four dimensions (and no element), because Transformers passes a 4D
-    mask on as it is. Padded positions come out as zeros.
+    `torch.nn.attention.bias.CausalBias`. It is a tensor, of four dimensions and no element, because Transformers passes
+    a 4D mask on as it is, and torch asks only tensors' classes whether they want to take over. Positions outside of all
+    samples come out as zeros.
 
     Args:
-        rows: for each sequence its first position that is not padding, the end of these, and int64 `(vision tokens,)`,
-            the vision tokens' positions counted from the first, last one first.
+        samples: row after row, those of a row in their order; each row has one at least.
+        num_rows: of the batch.
     """
 
     @staticmethod
-    def __new__(cls, rows: Sequence[tuple[int, int, torch.Tensor]]):
-        mask = torch.empty(len(rows), 1, 1, 0, dtype=torch.bool, device=rows[0][2].device).as_subclass(cls)
-        mask.rows = rows
+    def __new__(cls, samples: Sequence[Sample], num_rows: int):
+        mask = torch.empty(num_rows, 1, 1, 0, dtype=torch.bool, device=samples[0].vision.device).as_subclass(cls)
+        mask.samples = samples
         return mask
 
     @classmethod
@@ -372,7 +426,7 @@ class VisionCausalMask(torch.Tensor):
             return cls._attend(*args, **kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, cls):  # moved to another device
-            result.rows = args[0].rows
+            result.samples = args[0].samples
         return result
 
     @staticmethod
@@ -383,41 +437,63 @@ class VisionCausalMask(torch.Tensor):
         if torch.is_autocast_enabled(device.type):  # it acts below what is called here
             query, key, value = (x.to(torch.get_autocast_dtype(device.type)) for x in (query, key, value))
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        outputs = []
-        for row, (start, stop, vision) in enumerate(attn_mask.rows):
+        rows = [[] for _ in query]
+        ends = [0 for _ in query]
+        for row, start, stop, vision in attn_mask.samples:
             inputs = (x[row : row + 1, :, start:stop] for x in (query, key, value))
             output = VisionCausalAttention.apply(*inputs, vision.to(device), scaling)
-            outputs.append(F.pad(output, (0, 0, start, length - stop)))
-        return torch.cat(outputs)
+            rows[row].append(F.pad(output, (0, 0, start - ends[row], 0)))
+            ends[row] = stop
+        return torch.cat(
+            [F.pad(torch.cat(row, dim=2), (0, 0, 0, length - end)) for row, end in zip(rows, ends, strict=True)]
+        )
 
 
-def vision_causal_mask(mm_token_type_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> VisionCausalMask:
+def vision_causal_mask(
+    mm_token_type_ids: torch.Tensor, attended: torch.Tensor | None = None, starts: torch.Tensor | None = None
+) -> VisionCausalMask:
     """
     The mask of a prompt that starts at position 0.
 
     Args:
         mm_token_type_ids: `(batch, length)`, 1 for vision tokens.
-        attention_mask: `(batch, length)`, zero for padding on either side; `None` for none.
+        attended: `(batch, length)`, zero for padding; `None` for none. On either side, with packed rows on the right.
+        starts: bool `(batch, length)`, where samples begin in rows that hold several; `None` where each row is one.
     """
-    length = mm_token_type_ids.shape[1]
+    num_rows, length = mm_token_type_ids.shape
     is_vision = mm_token_type_ids == 1
-    attended = torch.ones_like(is_vision)
-    if attention_mask is not None:
-        attended = attention_mask.to(is_vision.device).bool()
-        is_vision = is_vision & attended
-    # One wait for the device.
-    starts, lengths, counts = torch.stack(
-        [attended.to(torch.int8).argmax(1), attended.sum(1), is_vision.sum(1)]
-    ).tolist()
+    attended = torch.ones_like(is_vision) if attended is None else attended.to(is_vision.device).bool()
+    is_vision = is_vision & attended
+    if starts is None:
+        # One wait for the device.
+        starts, lengths, counts = torch.stack(
+            [attended.to(torch.int8).argmax(1), attended.sum(1), is_vision.sum(1)]
+        ).tolist()
+        rows = range(num_rows)
+        stops = [
+            a + max(n, 1) for a, n in zip(starts, lengths, strict=True)
+        ]  # a row of padding: kernels want a position
+    else:
+        starts = starts & attended
+        sample = starts.flatten().cumsum(0) - 1
+        rows, starts = starts.nonzero().unbind(1)
+        sums = torch.zeros(len(rows), 2, dtype=torch.long, device=sample.device)
+        flags = torch.stack([attended.flatten(), is_vision.flatten()], dim=1)
+        lengths, counts = sums.index_add(0, sample.clamp_min(0), flags.long()).unbind(1)
+        stops = (starts + lengths).tolist()
+        rows, starts, counts = rows.tolist(), starts.tolist(), counts.tolist()
     positions = (mask_to_indices(is_vision, sum(counts)) % length).split(counts)
-    return VisionCausalMask(
-        # Kernels want a position, also of a row that is all padding.
-        [(a, a + max(n, 1), p.flip(0) - a) for a, n, p in zip(starts, lengths, positions, strict=True)]
-    )
+    samples = [
+        Sample(row, start, stop, vision.flip(0) - start)
+        for row, start, stop, vision in zip(rows, starts, stops, positions, strict=True)
+    ]
+    return VisionCausalMask(samples, num_rows)
 
 
 def has_flash_kernel(states: torch.Tensor, head_dim: int) -> bool:
     """Whether [`causal_attention`] runs where `states` are and in their dtype."""
+    if not are_flash_operators_known():
+        return False
     if states.device.type != "cuda":
         return states.device.type == "cpu"
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype

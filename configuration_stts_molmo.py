@@ -1,6 +1,8 @@
 """Configuration of STTS (Spatio-Temporal Token Scoring) on Molmo2."""
 
-from numbers import Real
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Molmo2Config
@@ -36,6 +38,28 @@ def validate_prune_ratio(prune_ratio: float) -> float:
     return float(str(prune_ratio))  # by its digits: float32's 0.3 is 0.3, not 0.30000001
 
 
+def exact_ratio(prune_ratio: float) -> Fraction:
+    """
+    A ratio as the decimal it is written as, for counts: 0.7 of 7290 tokens are 5103, and 5102 in binary floats.
+
+    Raises:
+        ValueError: it is not in `[0, 1)`.
+    """
+    return Fraction(str(validate_prune_ratio(prune_ratio)))
+
+
+def validate_max_vision_tokens(max_vision_tokens: int | None) -> int | None:
+    """Return `max_vision_tokens` if it is `None` or a whole number from 1 on; raise a `ValueError` otherwise."""
+    if max_vision_tokens is None:
+        return None
+    if not isinstance(max_vision_tokens, Integral) or isinstance(max_vision_tokens, bool) or max_vision_tokens < 1:
+        raise ValueError(
+            f"max_vision_tokens={max_vision_tokens!r} must be a whole number from 1 on: the most tokens that a video "
+            "keeps. Leave it out to drop a share of them, by prune_ratio."
+        )
+    return int(max_vision_tokens)
+
+
 def validate_method(method: str) -> str:
     """Return `method` if it names a pruner; raise a `ValueError` otherwise."""
     return _one_of("method", method, METHODS)
@@ -45,6 +69,41 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def _at_least(name: str, value: float | None, least: int, hint: str) -> None:
+    if value is not None and not value >= least:
+        raise ValueError(f"{name}={value} must be {least} or more{hint}")
+
+
+CHECKS = {
+    "prune_layer": lambda value: _at_least("prune_layer", value, 0, ": it is a 0-based ViT layer index."),
+    "prune_ratio": validate_prune_ratio,
+    "max_vision_tokens": validate_max_vision_tokens,
+    "pooling_size": lambda value: _at_least("pooling_size", value, 1, "; Molmo2 pools 3 x 3 patches."),
+    "method": validate_method,
+    "score_bias": lambda value: _one_of("score_bias", value, SCORE_BIASES),
+    "aux_target": lambda value: _one_of("aux_target", value, AUX_TARGETS),
+    "aux_loss_weight": lambda value: _at_least("aux_loss_weight", value, 0, "; 0 turns the loss off."),
+    "scorer_hidden_size": lambda value: _at_least(
+        "scorer_hidden_size", value, 1, ", or None for the ViT's intermediate_size."
+    ),
+    "scorer_hidden_act": lambda value: _one_of("scorer_hidden_act", value, tuple(ACT2FN)),
+}
+
+
+class Pruning(NamedTuple):
+    """
+    What is done to the videos of one call.
+
+    method: who scores; `"none"` when nothing can be dropped.
+    prune_ratio: share of a video's tokens to drop; 0 for `"none"`.
+    max_vision_tokens: the most tokens that a video keeps, in place of the ratio; `None` where the ratio decides.
+    """
+
+    method: str
+    prune_ratio: float
+    max_vision_tokens: int | None = None
 
 
 def validate_layers(config: "STTSMolmoConfig") -> None:
@@ -75,6 +134,8 @@ class STTSConfig(PreTrainedConfig):
         prune_layer (`int`, defaults to 3): 0-based ViT layer `l` after which tokens are scored. Scores bias the
             attention of layer `l + 1`, and layers from `l + 2` on see the survivors only (section 3, Figure 6).
         prune_ratio (`float`, defaults to 0.5): share `k` of a video's `T * P` pooled tokens to drop, in `[0, 1)`.
+        max_vision_tokens (`int`, *optional*): the most tokens that a video keeps, at least those of one frame, in place
+            of `prune_ratio`: each video loses what it has above that, a short one nothing.
         pooling_size (`int`, defaults to 3): side `w` of the `w x w` patches that share a score and become one
             LLM token.
         method (`str`, defaults to `"scorer"`): who scores. `"scorer"` is STTS; `"cosine"` the training-free
@@ -105,6 +166,7 @@ class STTSConfig(PreTrainedConfig):
 
     prune_layer: int = 3
     prune_ratio: float | int = 0.5
+    max_vision_tokens: int | None = None
     pooling_size: int = 3
     method: str = "scorer"
     score_bias: str = "log"
@@ -116,25 +178,39 @@ class STTSConfig(PreTrainedConfig):
     seed: int = 0
     use_kernels: bool = False
 
-    # Not in `validate_architecture`: the strict dataclass would wrap these `ValueError`s in an error of its own.
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        validate_prune_ratio(self.prune_ratio)
-        validate_method(self.method)
-        _one_of("score_bias", self.score_bias, SCORE_BIASES)
-        _one_of("aux_target", self.aux_target, AUX_TARGETS)
-        _one_of("scorer_hidden_act", self.scorer_hidden_act, tuple(ACT2FN))
-        if self.prune_layer < 0:
-            raise ValueError(f"prune_layer={self.prune_layer} must be 0 or more: it is a 0-based ViT layer index.")
-        if self.pooling_size < 1:
-            raise ValueError(f"pooling_size={self.pooling_size} must be 1 or more; Molmo2 pools 3 x 3 patches.")
-        if self.aux_loss_weight < 0:
-            raise ValueError(f"aux_loss_weight={self.aux_loss_weight} must be 0 or more; 0 turns the loss off.")
-        if self.scorer_hidden_size is not None and self.scorer_hidden_size < 1:
+    def __setattr__(self, name, value):
+        # At each assignment, so that no config, of a loaded model either, holds what cannot be run or loaded again. Not
+        # by the strict dataclass's own validators: these wrap a `ValueError` in an error of their own.
+        if name in CHECKS:
+            CHECKS[name](value)
+        super().__setattr__(name, value)
+
+    def to_dict(self) -> dict:
+        own = {"model_type", "transformers_version", *type(self).__annotations__}  # no labels, no lengths of answers
+        return {name: value for name, value in super().to_dict().items() if name in own}
+
+    def pruning(
+        self, prune_ratio: float | None = None, method: str | None = None, max_vision_tokens: int | None = None
+    ) -> Pruning:
+        """
+        What a call prunes with: its own arguments, else what is configured. A ratio and a budget of tokens exclude each
+        other, so that either of them as an argument replaces both of the configuration.
+
+        Raises:
+            ValueError: a value is out of range, or both a ratio and a budget are given.
+        """
+        if prune_ratio is not None and max_vision_tokens is not None:
             raise ValueError(
-                f"scorer_hidden_size={self.scorer_hidden_size} must be 1 or more, or None for the ViT's "
-                "intermediate_size."
+                f"prune_ratio={prune_ratio} and max_vision_tokens={max_vision_tokens} exclude each other; pass one."
             )
+        method = validate_method(self.method if method is None else method)
+        if prune_ratio is None and max_vision_tokens is None:
+            prune_ratio, max_vision_tokens = self.prune_ratio, self.max_vision_tokens
+        max_vision_tokens = validate_max_vision_tokens(max_vision_tokens)
+        prune_ratio = validate_prune_ratio(0 if prune_ratio is None else prune_ratio)
+        if method == "none" or (max_vision_tokens is None and prune_ratio == 0):
+            return Pruning("none", 0.0)
+        return Pruning(method, prune_ratio, max_vision_tokens)
 
     @classmethod
     def paper(cls, **overrides) -> "STTSConfig":
@@ -189,6 +265,7 @@ class STTSMolmoConfig(Molmo2Config):
         "input_keep_mask",
     ]
 
+    sub_configs = {**Molmo2Config.sub_configs, "stts_config": STTSConfig}
     stts_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):

@@ -7,25 +7,22 @@ what happens to the prompt is in `prompt_stts_molmo.py`. Sections cited as "sect
 `k` prune ratio.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.molmo2.modeling_molmo2 import (
     Molmo2Adapter,
-    Molmo2CausalLMOutputWithPast,
     Molmo2ForConditionalGeneration,
     Molmo2Model,
-    Molmo2ModelOutputWithPast,
     Molmo2TextModel,
     Molmo2VisionAttention,
     Molmo2VisionEncoderLayer,
@@ -46,28 +43,29 @@ from .attention_stts_molmo import (
     varlen_attention,
     vision_causal_mask,
 )
-from .configuration_stts_molmo import (
-    STTSMolmoConfig,
-    is_remote_code,
-    validate_layers,
-    validate_method,
-    validate_prune_ratio,
+from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code, validate_layers
+from .generation_stts_molmo import PrunedGenerationMixin, check_media, check_option_names
+from .outputs_stts_molmo import (
+    PruningOutput,
+    STTSMolmoCausalLMOutputWithPast,
+    STTSMolmoModelOutputWithPast,
+    STTSMolmoVideoFeatures,
+    STTSMolmoVisionOutput,
 )
 from .prompt_stts_molmo import (
     Compaction,
-    CompactPrompt,
-    FullPromptView,
-    _cached_prompt,
-    _compact_cached_prompt,
-    _remember_prompt,
-    consecutive_positions,
+    compact_cached,
+    compact_inputs,
     plan_compaction,
+    remember_prompt,
+    sample_starts,
 )
 from .pruning_stts_molmo import (
     VideoLayout,
     auxiliary_loss,
     gather_blocks,
     log_score_bias,
+    mask_to_indices,
     merge_tokens,
     previous_frame,
     random_scores,
@@ -77,8 +75,6 @@ from .pruning_stts_molmo import (
 
 # A class with its own `model_type` gets no conversion by default, and original checkpoints would load as noise.
 register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_mapping("molmo2"), overwrite=True)
-
-VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,16 +91,18 @@ class STTSMolmoPoolingAttention(Molmo2VisionAttention):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | None,
+        hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        full_blocks: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        As the native forward, and without `hidden_states` one query for each block: the mean of its patches
+        As the native forward, and with `full_blocks` one query for each block, which sees all of the block's patches
         (section 3.1).
 
         Args:
+            hidden_states: `(blocks, 1, C)`.
             encoder_hidden_states: `(blocks, w * w, C)`.
 
         Returns:
@@ -113,18 +111,18 @@ class STTSMolmoPoolingAttention(Molmo2VisionAttention):
         Raises:
             ImportError: `use_kernels` is set, and the Triton op cannot be imported.
         """
-        if hidden_states is not None:
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        blocks = encoder_hidden_states
-        query = blocks.mean(1, keepdim=True)
         # Not torch's kernels on CUDA: flash rounds one query up to 128, so that by its sizes the backward of 256 frames
         # wants 16 GB of scratch memory and overflows int32 (github.com/Dao-AILab/flash-attention/pull/2260), and some
         # releases fail beyond 65,535 blocks (github.com/pytorch/pytorch/issues/146704).
-        if not blocks.is_cuda or (self.training and self.attention_dropout):
-            return super().forward(query, blocks, attention_mask, **kwargs)
+        if not full_blocks or not hidden_states.is_cuda or (self.training and self.attention_dropout):
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         query, key, value = (
             proj(x).unflatten(-1, (-1, self.head_dim))
-            for proj, x in ((self.q_proj, query), (self.k_proj, blocks), (self.v_proj, blocks))
+            for proj, x in (
+                (self.q_proj, hidden_states),
+                (self.k_proj, encoder_hidden_states),
+                (self.v_proj, encoder_hidden_states),
+            )
         )
         pooled = self.find_op()(query[:, 0], key, value, self.scaling)
         return self.o_proj(pooled.flatten(1)[:, None]), None
@@ -173,24 +171,28 @@ class TokenScorer(nn.Module):
             layout: of the batch; no score looks across a video's border.
 
         Returns:
-            float32 scores in `(0, 1)` of shape `(frames, P)`, higher is kept longer; pooled features
+            float32 `(frames, P)`, the scores before their sigmoid, higher is kept longer; pooled features
             `(frames, P, D)`.
         """
-        patches = blocks.flatten(0, 1)
+        patches, attention_mask = blocks.flatten(0, 1), None
         if layout.is_dense:
-            pooled, _ = self.token_pooler(None, patches)
+            query = patches.mean(1, keepdim=True)
         else:
             mask = (layout.blocks >= 0).repeat(blocks.shape[0], 1)
             query = patches.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
             attention_mask = torch.zeros_like(mask, dtype=patches.dtype)
             attention_mask = attention_mask.masked_fill(~mask, torch.finfo(patches.dtype).min)[:, None, None]
-            pooled, _ = self.token_pooler(query, patches, attention_mask)
+        pooled, _ = self.token_pooler(query, patches, attention_mask, full_blocks=layout.is_dense)
         pooled = pooled.view(*blocks.shape[:2], -1)
 
         hidden_states = torch.cat([previous_frame(pooled, layout.num_frames), pooled], dim=-1)
         hidden_states = self.activation_fn(self.fc1(hidden_states))
         hidden_states = self.activation_fn(self.fc2(hidden_states))
-        return self.fc3(hidden_states).squeeze(-1).float().sigmoid(), pooled
+        return self.fc3(hidden_states).squeeze(-1).float(), pooled
+
+    def is_untrained(self) -> bool:
+        """Whether all biases are zero, as in a fresh scorer: the first step of any training moves them."""
+        return not any(bool(p.any()) for name, p in self.named_parameters() if name.endswith("bias"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,6 +208,7 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        key_bias: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         **kwargs,
@@ -216,7 +219,7 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
         Args:
             hidden_states: packed `(1, tokens, D)`, the queries.
             encoder_hidden_states: `(frames, N, D)`, the keys; the queries themselves when not given.
-            attention_mask: float32 `(frames, N)`, a bias for each key.
+            key_bias: float32 `(frames, N)`, added to the attention logits of each key.
             cu_seqlens: int32 `(frames + 1,)`, offsets of each frame's queries.
             max_seqlen: upper bound of a frame's tokens.
         """
@@ -239,8 +242,8 @@ class STTSMolmoVisionAttention(Molmo2VisionAttention):
             cu_seqlens_k = torch.arange(frames + 1, dtype=torch.int32, device=keys.device) * length
         query = self.q_proj(queries).unflatten(-1, (-1, self.head_dim))
         key, value = (proj(keys).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
-        if attention_mask is not None:
-            query, key, value = fold_key_bias(query, key, value, attention_mask.flatten())
+        if key_bias is not None:
+            query, key, value = fold_key_bias(query, key, value, key_bias.flatten())
         dropout = self.attention_dropout if self.training else 0.0
         attn_output = varlen_attention(query, key, value, cu_seqlens, cu_seqlens_k, max_seqlen, dropout)
         return self.o_proj(attn_output[..., : self.head_dim].flatten(-2))[None], None
@@ -257,61 +260,24 @@ class STTSMolmoVisionEncoderLayer(Molmo2VisionEncoderLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        key_bias: torch.Tensor | None = None,
         packing: Packing | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
-        As the native forward, and with a `packing`: `(frames, N, D)` and a bias for each key `(frames, N)` in, packed
-        survivors `(tokens, D)` out. Every patch is a key. What a dropped patch would be after the layer is read by
-        nobody, so only survivors are queries (exact, gradients too).
+        As the native forward, and with a `packing`: all patches `(frames, N, D)` and their `key_bias` `(frames, N)` in,
+        packed survivors `(tokens, D)` out. Every patch is a key. What a dropped patch would be after the layer is read
+        by nobody, so only survivors are queries (exact, gradients too).
         """
         if packing is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         normed = self.layer_norm1(hidden_states)
         survivors, queries = (x.flatten(0, 1).index_select(0, packing.patches) for x in (hidden_states, normed))
-        attended, _ = self.self_attn(queries[None], normed, attention_mask, packing.cu_seqlens, packing.capacity)
+        attended, _ = self.self_attn(
+            queries[None], normed, key_bias=key_bias, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.capacity
+        )
         survivors = survivors + attended[0]
         return survivors + self.mlp(self.layer_norm2(survivors))
-
-
-@dataclass
-class STTSMolmoVisionOutput(BaseModelOutputWithPooling):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(1, tokens, D * len(feature_layers))`):
-            Features of the patches that late layers saw, packed block by block.
-        pooled_patches_idx (`torch.LongTensor` of shape `(kept, w * w)`):
-            Where the patches of each surviving block are in `last_hidden_state`; -1 for slots outside the frame.
-            `None` when every `w * w` patches in a row are a block.
-        token_scores (`torch.FloatTensor` of shape `(frames, P)`; `None` when tokens were merged),
-        keep_mask (`torch.BoolTensor` of shape `(frames, P)`),
-        aux_loss (`torch.FloatTensor`, scalar; `None` unless the scorer scored).
-    """
-
-    pooled_patches_idx: torch.Tensor | None = None
-    token_scores: torch.Tensor | None = None
-    keep_mask: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-
-
-@dataclass
-class STTSMolmoVideoFeatures(BaseModelOutputWithPooling):
-    """
-    Args:
-        pooler_output (`tuple[torch.Tensor]`): the surviving tokens of each video, `(kept, text_hidden_size)`.
-        token_scores (`torch.FloatTensor` of shape `(frames, P)`): higher is kept longer; `None` when nothing scored.
-        keep_mask (`torch.BoolTensor` of shape `(frames, P)`): which pooled tokens survive.
-        aux_loss (`torch.FloatTensor`, scalar): auxiliary loss; `None` unless the scorer scored.
-    """
-
-    token_scores: torch.Tensor | None = None
-    keep_mask: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-
-
-@dataclass
-class STTSMolmoPrunedTokens(BaseModelOutputWithPooling):
-    """The tokens of videos for a prompt that has lost its dropped placeholders already."""
 
 
 class STTSMolmoVisionModel(Molmo2VisionModel):
@@ -364,13 +330,13 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
 
         refill = self.stts_config.refill_lone_frames
         if method == "tome":
-            hidden_states, bias, keep_mask = merge_tokens(hidden_states, layout, num_kept)
+            hidden_states, key_bias, keep_mask = merge_tokens(hidden_states, layout, num_kept)
             token_scores, aux_loss, refill = None, None, False  # what was merged away is in the survivors already
         else:
-            token_scores, bias, aux_loss = self.score(hidden_states, layout, method)
+            token_scores, key_bias, aux_loss = self.score(hidden_states, layout, num_kept, method)
             keep_mask = select_tokens(token_scores, layout.num_frames, num_kept)
         packing = plan_packing(keep_mask, sum(num_kept), layout, refill)
-        packed = self.run_bias_layer(hidden_states, bias, packing)
+        packed = self.run_bias_layer(hidden_states, key_bias, packing)
         features = torch.cat(self.run_late_layers(packed, packing), dim=-1)
         return STTSMolmoVisionOutput(
             last_hidden_state=features[None],
@@ -381,7 +347,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         )
 
     def score(
-        self, hidden_states: torch.Tensor, layout: VideoLayout, method: str
+        self, hidden_states: torch.Tensor, layout: VideoLayout, num_kept: Sequence[int], method: str
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         The pruners that drop: features after layer `l`, `(frames, N, D)`, in; scores `(frames, P)`, attention bias
@@ -393,20 +359,23 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         if method == "cosine":
             with torch.no_grad():
                 return temporal_dissimilarity(blocks.flatten(2), layout.num_frames), None, None
-        token_scores, pooled = self.token_scorer(blocks, layout)
+        score_logits, pooled = self.token_scorer(blocks, layout)
+        token_scores = score_logits.sigmoid()
         with torch.no_grad():
             compared = pooled if self.stts_config.aux_target == "pooled" else blocks.flatten(2)
             target = temporal_dissimilarity(compared, layout.num_frames)
-        bias = log_score_bias(token_scores, layout, self.stts_config.score_bias)
-        return token_scores, bias, auxiliary_loss(token_scores, target, layout.num_frames)
+        key_bias = log_score_bias(score_logits, layout, num_kept, self.stts_config.score_bias)
+        return token_scores, key_bias, auxiliary_loss(token_scores, target, layout.num_frames)
 
-    def run_bias_layer(self, hidden_states: torch.Tensor, bias: torch.Tensor | None, packing: Packing) -> torch.Tensor:
-        """Layer `l + 1`, `(frames, N, D)` -> packed survivors `(tokens, D)`."""
+    def run_bias_layer(
+        self, hidden_states: torch.Tensor, key_bias: torch.Tensor | None, packing: Packing
+    ) -> torch.Tensor:
+        """Layer `l + 1`, `(frames, N, D)` -> packed survivors `(tokens, D)`; `key_bias` is `(frames, N)`."""
         layer = self.layers[self.stts_config.prune_layer + 1]
         if self.config._attn_implementation == "eager":
-            hidden_states = layer(hidden_states, None if bias is None else bias[:, None, None])
+            hidden_states = layer(hidden_states, None if key_bias is None else key_bias[:, None, None])
             return hidden_states.flatten(0, 1).index_select(0, packing.patches)
-        return layer(hidden_states, bias, packing=packing)
+        return layer(hidden_states, key_bias=key_bias, packing=packing)
 
     def run_late_layers(self, packed: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
         """Layers `l + 2..` on packed patches `(tokens, D)`; the outputs of the feature layers, each `(tokens, D)`."""
@@ -448,45 +417,13 @@ class STTSMolmoAdapter(Molmo2Adapter):
         if pooled_patches_idx is not None:
             return super().forward(image_features, pooled_patches_idx, **kwargs)
         blocks = image_features[0].unflatten(0, (-1, self.block_size))
-        pooled, _ = self.image_pooling_2d(None, blocks, **kwargs)
+        pooled, _ = self.image_pooling_2d(blocks.mean(1, keepdim=True), blocks, full_blocks=True, **kwargs)
         return BaseModelOutput(last_hidden_state=self.image_projector(pooled[:, 0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class STTSMolmoModelOutputWithPast(Molmo2ModelOutputWithPast):
-    r"""
-    Args:
-        aux_loss (`torch.FloatTensor`, scalar, *optional*): auxiliary loss of the scorer, unweighted.
-        token_scores (`torch.FloatTensor` of shape `(frames, P)`, *optional*): higher is kept longer.
-        keep_mask (`torch.BoolTensor` of shape `(frames, P)`, *optional*): pooled tokens that survive.
-        input_keep_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): input positions that went
-            through the LLM; hidden states and logits are zeros elsewhere. `None` when nothing was dropped.
-    """
-
-    aux_loss: torch.Tensor | None = None
-    token_scores: torch.Tensor | None = None
-    keep_mask: torch.Tensor | None = None
-    input_keep_mask: torch.Tensor | None = None
-
-
-@dataclass
-class STTSMolmoCausalLMOutputWithPast(Molmo2CausalLMOutputWithPast):
-    r"""
-    Args:
-        loss (`torch.FloatTensor`, scalar, returned with `labels`): task loss + `aux_loss_weight` * auxiliary loss.
-
-    The other fields are those of [`Molmo2CausalLMOutputWithPast`] and [`STTSMolmoModelOutputWithPast`].
-    """
-
-    aux_loss: torch.Tensor | None = None
-    token_scores: torch.Tensor | None = None
-    keep_mask: torch.Tensor | None = None
-    input_keep_mask: torch.Tensor | None = None
 
 
 class STTSMolmoModel(Molmo2Model):
@@ -516,6 +453,7 @@ class STTSMolmoModel(Molmo2Model):
         video_grids: torch.Tensor,
         prune_ratio: float | None = None,
         method: str | None = None,
+        max_vision_tokens: int | None = None,
         **kwargs,
     ) -> STTSMolmoVideoFeatures:
         """
@@ -527,22 +465,23 @@ class STTSMolmoModel(Molmo2Model):
             video_grids: int `(videos, 3)`: frames, rows and columns of pooled tokens.
             prune_ratio: share of tokens to drop, in `[0, 1)`; the config's when not given.
             method: `"scorer"`, `"cosine"`, `"random"`, `"tome"` or `"none"`; the config's when not given.
+            max_vision_tokens: the most tokens that each video keeps, in place of a ratio.
 
         Raises:
-            ValueError: a ratio or method out of range, or inputs whose shapes do not belong together.
+            ValueError: an option out of range, or inputs whose shapes do not belong together.
         """
-        stts_config = self.config.stts_config
-        prune_ratio = validate_prune_ratio(stts_config.prune_ratio if prune_ratio is None else prune_ratio)
-        method = validate_method(stts_config.method if method is None else method)
+        validate_layers(self.config)  # a loaded model's config may have been changed
+        pruning = self.config.stts_config.pruning(prune_ratio, method, max_vision_tokens)
         layout = self._video_layout(pixel_values_videos, video_token_pooling, video_grids)
-        if method == "none" or prune_ratio == 0:
+        num_kept = layout.num_kept(pruning)
+        num_tokens = sum(layout.num_frames) * layout.tokens_per_frame
+        if pruning.method == "none" or (sum(num_kept) == num_tokens and not self.training):
             native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)
             shape = (sum(layout.num_frames), layout.tokens_per_frame)
             keep_mask = torch.ones(shape, dtype=torch.bool, device=pixel_values_videos.device)
             return STTSMolmoVideoFeatures(**native, keep_mask=keep_mask)
 
-        num_kept = layout.num_kept(prune_ratio)
-        vision = self.vision_tower(pixel_values_videos, layout=layout, num_kept=num_kept, method=method)
+        vision = self.vision_tower(pixel_values_videos, layout=layout, num_kept=num_kept, method=pruning.method)
         pooled = self.multi_modal_projector(vision.last_hidden_state, vision.pooled_patches_idx).last_hidden_state
         return STTSMolmoVideoFeatures(
             last_hidden_state=vision.last_hidden_state,
@@ -582,10 +521,6 @@ class STTSMolmoModel(Molmo2Model):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_token_pooling: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
-        image_num_crops: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_token_pooling: torch.Tensor | None = None,
         video_grids: torch.Tensor | None = None,
@@ -594,103 +529,150 @@ class STTSMolmoModel(Molmo2Model):
         past_key_values: Cache | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prune_ratio: float | None = None,
         method: str | None = None,
+        max_vision_tokens: int | None = None,
         **kwargs,
     ) -> STTSMolmoModelOutputWithPast:
         """
         As [`Molmo2Model.forward`], with videos pruned. Hidden states keep the input's length; attentions and the
-        cache, if any, are of the surviving positions only.
+        cache, if any, are of the surviving positions only. Rows without `attention_mask` whose `position_ids` begin
+        anew hold several packed samples, which do not see each other (natively their vision tokens do).
 
         Args:
-            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
+            prune_ratio, method, max_vision_tokens: see [`~STTSMolmoModel.get_video_features`].
             mm_encoder_outputs: with `{"video": features}` from `get_video_features` the video is not encoded again.
 
         Raises:
+            TypeError: an option is misspelt.
             ValueError: the placeholders of `input_ids` do not fit the videos, an `attention_mask` that is not 2D, or
                 an attention implementation that cannot let vision tokens see each other.
         """
+        check_option_names(kwargs)
         self._check_attention(mm_token_type_ids)
-        _check_media(pixel_values, pixel_values_videos)
+        check_media(kwargs.get("pixel_values"), pixel_values_videos)
         if pixel_values_videos is not None and mm_encoder_outputs is None:
-            video = self.get_video_features(pixel_values_videos, video_token_pooling, video_grids, prune_ratio, method)
+            videos = (pixel_values_videos, video_token_pooling, video_grids)
+            video = self.get_video_features(*videos, prune_ratio, method, max_vision_tokens)
             mm_encoder_outputs, pixel_values_videos = {"video": video}, None
         video = (mm_encoder_outputs or {}).get("video")
-        keep_mask = getattr(video, "keep_mask", None)
+        if not isinstance(video, PruningOutput):
+            video = None  # of images, or native
 
-        num_new = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
         inputs = {
             "input_ids": input_ids,
-            "attention_mask": _compact_cached_prompt(attention_mask, past_key_values, num_new),
+            "attention_mask": attention_mask,
             "position_ids": position_ids,
             "mm_token_type_ids": mm_token_type_ids,
             "inputs_embeds": inputs_embeds,
         }
-        if position_ids is not None and inputs["attention_mask"] is not attention_mask:
-            num_dropped = attention_mask.sum(1) - inputs["attention_mask"].sum(1)
-            inputs["position_ids"] = position_ids - num_dropped[:, None]
+        inputs = compact_cached(inputs, past_key_values, length)
         compaction = None
-        if keep_mask is not None:
-            compaction = self._plan_compaction(input_ids, inputs_embeds, attention_mask, video)
-        if compaction is not None:
-            inputs = self.compact_inputs(inputs, compaction)
-        if compaction is not None or isinstance(video, STTSMolmoPrunedTokens):
-            inputs["attention_mask"] = self._prefill_mask(inputs, past_key_values)
+        if video is not None and video.is_pruned:
+            inputs, compaction = self._drop_tokens(inputs, video, past_key_values)
+        is_compact = compaction is not None or (video is not None and bool(video.prompt_is_compact))
+        inputs["attention_mask"] = self._llm_mask(inputs, compaction, past_key_values, is_compact)
 
         outputs = super().forward(
             **inputs,
-            pixel_values=pixel_values,
-            image_token_pooling=image_token_pooling,
-            image_grids=image_grids,
-            image_num_crops=image_num_crops,
             pixel_values_videos=pixel_values_videos,
             past_key_values=past_key_values,
-            use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
         if compaction is not None:
             outputs.last_hidden_state = compaction.restore(outputs.last_hidden_state)
-            if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(compaction.restore(h) for h in outputs.hidden_states)
-            _remember_prompt(outputs.past_key_values, inputs["input_ids"], compaction)
+            if outputs.hidden_states is not None:  # of some layers only, the others are `None`
+                outputs.hidden_states = tuple(h if h is None else compaction.restore(h) for h in outputs.hidden_states)
+            num_before = 0 if outputs.past_key_values is None else outputs.past_key_values.get_seq_length()
+            remember_prompt(
+                outputs.past_key_values, compaction.after(max(num_before - len(compaction.positions[0]), 0))
+            )
         return STTSMolmoModelOutputWithPast(
             **outputs,
             aux_loss=getattr(video, "aux_loss", None),
             token_scores=getattr(video, "token_scores", None),
-            keep_mask=keep_mask,
+            keep_mask=getattr(video, "keep_mask", None),
             input_keep_mask=None if compaction is None else compaction.input_keep_mask,
         )
 
-    def _prefill_mask(
-        self, inputs: dict[str, torch.Tensor | None], past_key_values: Cache | None
+    def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Bool `(batch, length)`, where a vision token goes."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def _drop_tokens(
+        self, inputs: dict[str, torch.Tensor | None], video: STTSMolmoVideoFeatures, past_key_values: Cache | None
+    ) -> tuple[dict[str, torch.Tensor | None], Compaction]:
+        """Leave the placeholders of dropped tokens out of the aligned tensors."""
+        placeholders = self.find_placeholders(inputs["input_ids"], inputs["inputs_embeds"])
+        attention_mask, num_cached = inputs["attention_mask"], 0
+        if attention_mask is not None and attention_mask.ndim == 2 and past_key_values is not None:
+            num_cached = attention_mask.shape[1] - placeholders.shape[1]
+        if num_cached:
+            inputs = inputs | {"attention_mask": attention_mask[:, num_cached:]}
+        compaction = plan_compaction(placeholders, video.keep_mask, inputs["attention_mask"])
+        inputs = compact_inputs(inputs, compaction, self.pad_token_id)
+        if num_cached:
+            inputs["attention_mask"] = torch.cat([attention_mask[:, :num_cached], inputs["attention_mask"]], dim=1)
+        return inputs, compaction
+
+    @property
+    def pad_token_id(self) -> int:
+        return getattr(self.config.text_config, "pad_token_id", None) or 0
+
+    def _llm_mask(
+        self,
+        inputs: dict[str, torch.Tensor | None],
+        compaction: Compaction | None,
+        past_key_values: Cache | None,
+        is_compact: bool,
     ) -> torch.Tensor | None:
         """
-        The mask of a pruned prompt: a [`VisionCausalMask`] for a long one under `sdpa`, else the given mask, of which
-        Transformers builds a `(length, length)` one. So it does where that holds more than padding, causality and
-        vision (a cache with states or empty slots, packed samples) and for dropout.
+        What the LLM is given as its mask: the 2D one, of which Transformers builds a `(length, length)` one, except
+
+        - for a long pruned prompt under `sdpa` a [`VisionCausalMask`], where that holds nothing but padding, causality
+          and vision (no cache with states or empty slots) and there is no dropout;
+        - for packed samples, where neither fits, a 4D mask in which vision tokens see those of their own sample.
         """
-        attention_mask, token_types = inputs["attention_mask"], inputs["mm_token_type_ids"]
+        attention_mask, position_ids, token_types = (
+            inputs[name] for name in ("attention_mask", "position_ids", "mm_token_type_ids")
+        )
         config, language_model = self.config.text_config, self.language_model
-        shape = (inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]).shape[:2]
-        if past_key_values is None:
-            is_plain = attention_mask is not None or inputs["position_ids"] is None
-        else:
-            is_plain = not (past_key_values.is_compileable or past_key_values.get_seq_length())
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        shape = tokens.shape[:2]
+        if token_types is None or token_types.shape != shape:
+            return attention_mask
+        starts = None
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            starts = sample_starts(position_ids.expand(shape))
+            if not starts[:, 1:].any():
+                starts = None
         if (
-            config._attn_implementation == "sdpa"
+            is_compact
+            and config._attn_implementation == "sdpa"
             and shape[1] >= MIN_UNMASKED_LENGTH
-            and token_types is not None
-            and token_types.shape == shape
             and (attention_mask is None or attention_mask.shape == shape)
-            and is_plain
+            and (past_key_values is None or not (past_key_values.is_compileable or past_key_values.get_seq_length()))
             and not (language_model.training and config.attention_dropout)
             and has_flash_kernel(language_model.embed_tokens.weight, config.head_dim)
         ):
-            return vision_causal_mask(token_types, attention_mask)
-        return attention_mask
+            attended = compaction.mask if attention_mask is None and compaction is not None else attention_mask
+            return vision_causal_mask(token_types, attended, starts)
+        if starts is None:
+            return attention_mask
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=language_model.embed_tokens.weight.new_empty(1).expand(*shape, 1),
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+            block_sequence_ids=torch.where(token_types == 1, starts.cumsum(1), -1),
+        )
 
     def _check_attention(self, mm_token_type_ids: torch.Tensor | None):
         if is_flash_attention_requested(self.config.text_config) and mm_token_type_ids is not None:
@@ -702,94 +684,8 @@ class STTSMolmoModel(Molmo2Model):
                 "'flash_attention_2', 'text_config': 'sdpa'}, or 'sdpa' throughout."
             )
 
-    def _plan_compaction(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        video: STTSMolmoVideoFeatures,
-        padding_side: str | None = None,
-    ) -> Compaction | None:
-        """
-        Which input positions survive; `None` when no token was dropped.
 
-        Args:
-            padding_side: where rows are padded; found out from `attention_mask` when not given.
-        """
-        keep_mask = video.keep_mask
-        if sum(len(tokens) for tokens in video.pooler_output) == keep_mask.numel():
-            return None
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has {attention_mask.ndim} dimensions; pruning a video needs a 2D mask "
-                "(batch, sequence), from which the mask of the shorter sequence is made."
-            )
-        if input_ids is None:
-            image_token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-            placeholders = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        else:
-            placeholders = input_ids == self.config.image_token_id
-        attended = torch.ones_like(placeholders) if attention_mask is None else attention_mask.bool()
-
-        # Each placeholder's token. Not `masked_scatter`: with too few tokens a GPU would fail before the check below.
-        token = placeholders.flatten().cumsum(0).view_as(placeholders) - 1
-        keep = keep_mask.to(placeholders.device).flatten()
-        dropped = placeholders & ~keep[token.clamp(0, len(keep) - 1)]
-        # One wait for the device: what the host must know to give every later tensor its size.
-        num_placeholders, num_attended, num_dropped, first, last = torch.stack(
-            [placeholders.sum(1), attended.sum(1), dropped.sum(1), attended[:, 0], attended[:, -1]]
-        ).tolist()
-        if sum(num_placeholders) != keep_mask.numel():
-            raise ValueError(
-                f"The prompt has {sum(num_placeholders)} <im_patch> placeholders, but the videos have "
-                f"{keep_mask.numel()} pooled tokens; pass text and video through one call of the processor, "
-                "without truncation."
-            )
-        lengths = [a - d for a, d in zip(num_attended, num_dropped, strict=True)]
-        if padding_side is None:
-            padding_side = "left" if not all(first) and all(last) else "right"
-        return plan_compaction(attended & ~dropped, lengths, padding_side)
-
-    def compact_inputs(self, inputs: dict[str, torch.Tensor | None], compaction: Compaction) -> dict:
-        """
-        Drop the same positions from every aligned tensor `(batch, length)`; positions stay consecutive.
-
-        Args:
-            inputs: `input_ids` or `inputs_embeds`, and any of `attention_mask`, `position_ids` and
-                `mm_token_type_ids`; the others are `None`.
-        """
-        compacted = dict.fromkeys(inputs)
-        attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
-        if inputs["input_ids"] is not None:
-            padding = getattr(self.config.text_config, "pad_token_id", None) or 0
-            compacted["input_ids"] = compaction.compact(inputs["input_ids"], padding)
-        if inputs.get("inputs_embeds") is not None:
-            index = compaction.positions[..., None].expand(-1, -1, inputs["inputs_embeds"].shape[-1])
-            padding_mask = ~compaction.mask[..., None]
-            compacted["inputs_embeds"] = inputs["inputs_embeds"].gather(1, index).masked_fill(padding_mask, 0)
-        if inputs["mm_token_type_ids"] is not None:
-            compacted["mm_token_type_ids"] = compaction.compact(inputs["mm_token_type_ids"])
-        if attention_mask is not None or compaction.is_padded:
-            dtype = torch.long if attention_mask is None else attention_mask.dtype
-            compacted["attention_mask"] = compaction.mask.to(dtype)
-        if position_ids is not None:
-            dropped = ~compaction.input_keep_mask
-            if attention_mask is not None:
-                dropped &= attention_mask.bool()
-            position_ids = consecutive_positions(position_ids.expand_as(dropped), dropped)
-            compacted["position_ids"] = position_ids.gather(1, compaction.positions)
-        return compacted
-
-
-def _check_media(pixel_values: torch.Tensor | None, pixel_values_videos: torch.Tensor | None):
-    if pixel_values is not None and pixel_values_videos is not None:
-        raise ValueError(
-            "pixel_values and pixel_values_videos are provided at the same time; Molmo2 takes batches of images or of "
-            "videos, not of both."
-        )
-
-
-class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
+class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditionalGeneration):
     """
     Modifications: the model underneath prunes videos, the loss is computed at labelled positions only and gains the
     auxiliary term, and `generate` prunes once, before the prompt is prefilled.
@@ -833,11 +729,13 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         mm_token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         prune_ratio: float | None = None,
         method: str | None = None,
+        max_vision_tokens: int | None = None,
         **kwargs,
     ) -> STTSMolmoCausalLMOutputWithPast:
         """
@@ -846,9 +744,13 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
         Args:
             labels: `(batch, sequence)`, -100 where there is no loss. A label is predicted from the last surviving
                 position before it.
+            shift_labels: the same shifted to the left by one, in place of `labels`.
             logits_to_keep: positions whose logits are computed; 0 for all. When not given: all, but none in training
                 with labels, where only the loss is read.
-            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`].
+            prune_ratio, method, max_vision_tokens: see [`~STTSMolmoModel.get_video_features`].
+
+        Raises:
+            ValueError: a label is a token that the model cannot write.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -868,17 +770,22 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             prune_ratio=prune_ratio,
             method=method,
+            max_vision_tokens=max_vision_tokens,
             **kwargs,
         )
 
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         logits = None
-        if logits_to_keep is not None or labels is None or not self.training:
+        if logits_to_keep is not None or shift_labels is None or not self.training:
             kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-(logits_to_keep or 0), None)
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if shift_labels is not None:
             num_items_in_batch = kwargs.get("num_items_in_batch")
-            states, targets = labelled_states(outputs.last_hidden_state, labels, outputs.input_keep_mask)
+            states, targets = labelled_states(
+                outputs.last_hidden_state, shift_labels, outputs.input_keep_mask, self.vocab_size
+            )
             loss = self.loss_function(
                 logits=self.lm_head(states),
                 labels=None,
@@ -886,7 +793,7 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
                 vocab_size=self.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            if outputs.aux_loss is not None:
+            if self.training and outputs.aux_loss is not None:
                 weight = self.config.stts_config.aux_loss_weight
                 loss = add_auxiliary_loss(loss, weight * outputs.aux_loss, len(targets), num_items_in_batch)
 
@@ -903,147 +810,43 @@ class STTSMolmoForConditionalGeneration(Molmo2ForConditionalGeneration):
             input_keep_mask=outputs.input_keep_mask,
         )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config=None,
-        logits_processor=None,
-        stopping_criteria=None,
-        prefix_allowed_tokens_fn: Callable | None = None,
-        synced_gpus: bool | None = None,
-        assistant_model=None,
-        streamer: BaseStreamer | None = None,
-        prune_ratio: float | None = None,
-        method: str | None = None,
-        **kwargs,
-    ):
-        """
-        As `GenerationMixin.generate`, with videos pruned: each video is encoded once, the prompt is shortened once,
-        and whatever the caller sees (returned ids, streamer, logits processors, stopping criteria, lengths) speaks of
-        the full prompt.
-
-        Args:
-            prune_ratio, method: see [`~STTSMolmoModel.get_video_features`]; without effect on a video that was encoded
-                before and comes as `mm_encoder_outputs={"video": features}`.
-
-        A cache that comes back from a call can be passed to the next turn together with the whole conversation's
-        `input_ids` and `attention_mask`, without the pixels.
-        """
-        arguments = {
-            "generation_config": generation_config,
-            "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
-        }
-        callbacks = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            "streamer": streamer,
-        }
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        video_inputs = {name: kwargs.pop(name, None) for name in VIDEO_INPUTS}
-        _check_media(kwargs.get("pixel_values"), video_inputs["pixel_values_videos"])
-        video = (kwargs.get("mm_encoder_outputs") or {}).get("video")
-        is_encoded = getattr(video, "keep_mask", None) is not None
-        has_video = is_encoded or video_inputs["pixel_values_videos"] is not None
-        cache = kwargs.get("past_key_values")
-        cached_prompt = _cached_prompt(cache)
-
-        if has_video and cached_prompt is not None:
-            raise ValueError(
-                "past_key_values already holds a video: pass the conversation's input_ids and attention_mask without "
-                "pixel_values_videos, or start over without past_key_values."
-            )
-        if has_video and input_ids is None:
-            raise ValueError("generate() with pixel_values_videos needs input_ids; inputs_embeds alone is not enough.")
-
-        prompt = cached_prompt
-        if has_video:
-            if not is_encoded:
-                video = self.model.get_video_features(**video_inputs, prune_ratio=prune_ratio, method=method)
-            attention_mask = kwargs.get("attention_mask")
-            if attention_mask is None:
-                attention_mask = kwargs["attention_mask"] = self._infer_attention_mask(
-                    input_ids, generation_config, kwargs
-                )
-            compaction = self.model._plan_compaction(input_ids, None, attention_mask, video, padding_side="left")
-            # A copy: `generate` repeats its `pooler_output` in place for beams.
-            tokens = BaseModelOutputWithPooling if compaction is None else STTSMolmoPrunedTokens
-            kwargs["mm_encoder_outputs"] = {"video": tokens(pooler_output=tuple(video.pooler_output))}
-            if compaction is not None:
-                aligned = ("attention_mask", "position_ids", "mm_token_type_ids")
-                compact = self.model.compact_inputs(
-                    {"input_ids": input_ids, **{name: kwargs.get(name) for name in aligned}}, compaction
-                )
-                prompt = CompactPrompt(input_ids.shape[1], compact.pop("input_ids"), compaction.mask.long())
-                kwargs.update(compact, attention_mask=prompt.attention_mask)
-            del video  # the features of all patches would stay alive until the last token
-        elif cached_prompt is not None:
-            kwargs["attention_mask"] = cached_prompt.attend(input_ids, kwargs.get("attention_mask"))
-
-        if prompt is None:
-            return super().generate(input_ids, **arguments, **callbacks, **kwargs)
-
-        view = FullPromptView(input_ids, prompt)
-        arguments["generation_config"] = generation_config = copy.deepcopy(generation_config)
-        self._translate_lengths(generation_config, kwargs, view.num_dropped)
-        outputs = super().generate(view.compact_ids, **arguments, **view.wrap(**callbacks), **kwargs)
-        if isinstance(outputs, torch.Tensor):
-            sequences = outputs = view.restore(outputs)
-        else:
-            sequences = outputs.sequences = view.restore(outputs.sequences)
-            cache = outputs.get("past_key_values", cache)
-        if cache is not None:
-            cache.stts_prompt = prompt.repeat(len(sequences))
-        return outputs
-
-    def _translate_lengths(self, generation_config, kwargs: dict, num_dropped: int):
-        """`max_length` and `min_length` count the full prompt; make them count the short one, where they are given."""
-        for name in ("max_length", "min_length"):
-            length = self._generation_setting(name, generation_config, kwargs)
-            if length and (generation_config is None or name in kwargs):
-                kwargs[name] = max(length - num_dropped, 0)
-            elif length:
-                setattr(generation_config, name, max(length - num_dropped, 0))
-
-    def _generation_setting(self, name: str, generation_config, kwargs: dict):
-        """What `generate` takes for `name`: from its arguments, the config passed, or the model's own."""
-        sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
-        return next((value for value in sources if value is not None), None)
-
-    def _infer_attention_mask(self, input_ids: torch.Tensor, generation_config, kwargs: dict) -> torch.Tensor | None:
-        """As `generate` does natively: padding is what no sequence ends with; `None` without padding."""
-        pad, eos = (
-            self._generation_setting(name, generation_config, kwargs) for name in ("pad_token_id", "eos_token_id")
-        )
-        is_eos = pad in eos if isinstance(eos, (list, tuple)) else pad == eos
-        if pad is None or is_eos or not (input_ids == pad).any():
-            return None
-        return (input_ids != pad).long()
+    def has_untrained_scorer(self) -> bool:
+        """Whether the scorer is as fresh as `convert` and the first load of a plain Molmo2 leave it."""
+        return self.model.vision_tower.token_scorer.is_untrained()
 
 
 def labelled_states(
-    hidden_states: torch.Tensor, labels: torch.Tensor, input_keep_mask: torch.Tensor | None
+    hidden_states: torch.Tensor, shift_labels: torch.Tensor, input_keep_mask: torch.Tensor | None, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The states that predict a label, and the labels: the shift by one happens among surviving positions.
+    The states that predict a label, and the labels: the last survivor before a label predicts it.
 
     Args:
         hidden_states: `(batch, length, C)`.
-        labels: `(batch, length)`, -100 for no label.
+        shift_labels: `(batch, length)`, at each position the label of the next one; -100 for no label.
         input_keep_mask: bool `(batch, length)`, `None` when all survive.
 
     Returns:
         `(num_labels, C)` and `(num_labels,)`.
+
+    Raises:
+        ValueError: a label is no token of the `vocab_size` that the model can write.
     """
-    targets = labels[:, 1:].to(hidden_states.device)
+    targets = shift_labels.to(hidden_states.device)
     positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     if input_keep_mask is not None:
-        positions = positions.masked_fill(~input_keep_mask[:, :-1].to(targets.device), -1).cummax(1).values
+        positions = positions.masked_fill(~input_keep_mask.to(targets.device), -1).cummax(1).values
     # A label with no survivor before it (the first one of a left-padded row) has nothing to be predicted from.
-    rows, columns = ((targets != -100) & (positions >= 0)).nonzero(as_tuple=True)
-    return hidden_states[rows, positions[rows, columns]], targets[rows, columns]
+    is_read = (targets != -100) & (positions >= 0)
+    num_read, highest = torch.stack([is_read.sum(), targets.max()]).tolist()  # one wait for the device
+    if highest >= vocab_size:
+        raise ValueError(
+            f"labels hold {highest}, but the model writes tokens below {vocab_size} only: placeholders and "
+            "delimiters of videos must be -100. stts_molmo.VideoQACollator makes such labels."
+        )
+    chosen = mask_to_indices(is_read, num_read)
+    rows = chosen // targets.shape[1]
+    return hidden_states[rows, positions.flatten()[chosen]], targets.flatten()[chosen]
 
 
 def add_auxiliary_loss(

@@ -8,13 +8,13 @@ prune ratio.
 
 import math
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-MIN_SCORE = 1e-6  # keeps log(score) finite
+from .configuration_stts_molmo import Pruning, exact_ratio
+
 RESCALED_MIN_SCORE = math.exp(-2)  # authors' code
 MERGED_AWAY_BIAS = -1000.0  # no attention weight is left in float32; finite in float16 even when divided by a scale
 
@@ -24,18 +24,31 @@ MERGED_AWAY_BIAS = -1000.0  # no attention weight is left in float32; finite in 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def num_kept_tokens(num_frames: int, tokens_per_frame: int, prune_ratio: float) -> int:
+def num_kept_tokens(
+    num_frames: int, tokens_per_frame: int, prune_ratio: float, max_vision_tokens: int | None = None
+) -> int:
     """
     Number of a video's pooled tokens that survive; known before any score is computed (section 3).
 
-    `floor(k * T * P)` tokens are dropped, in decimal arithmetic, but never one of frame 0.
+    `floor(k * T * P)` tokens are dropped, in decimal arithmetic, but never one of frame 0. With `max_vision_tokens` the
+    ratio does not count, and that many are kept.
+
+    Raises:
+        ValueError: `max_vision_tokens` is less than a frame has.
 
     >>> num_kept_tokens(num_frames=90, tokens_per_frame=81, prune_ratio=0.7)  # drops 5103; binary floats say 5102
     2187
     """
     num_tokens = num_frames * tokens_per_frame
-    num_dropped = int(Decimal(str(prune_ratio)) * num_tokens)
-    return num_tokens - min(num_dropped, num_tokens - tokens_per_frame)
+    if max_vision_tokens is None:
+        num_dropped = int(exact_ratio(prune_ratio) * num_tokens)
+        return num_tokens - min(num_dropped, num_tokens - tokens_per_frame)
+    if max_vision_tokens < tokens_per_frame:
+        raise ValueError(
+            f"max_vision_tokens={max_vision_tokens} is less than the {tokens_per_frame} tokens of a frame, and the "
+            f"first one is never pruned; allow {tokens_per_frame} or more."
+        )
+    return min(num_tokens, max_vision_tokens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,9 +80,10 @@ class VideoLayout(NamedTuple):
         """Whether the window divides the frame, so that every slot of every block holds a patch."""
         return self.blocks.numel() == self.num_patches
 
-    def num_kept(self, prune_ratio: float) -> list[int]:
+    def num_kept(self, pruning: Pruning) -> list[int]:
         """Surviving tokens of each video."""
-        return [num_kept_tokens(t, self.tokens_per_frame, prune_ratio) for t in self.num_frames]
+        limits = pruning.prune_ratio, pruning.max_vision_tokens
+        return [num_kept_tokens(t, self.tokens_per_frame, *limits) for t in self.num_frames]
 
 
 def gather_blocks(hidden_states: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
@@ -135,13 +149,14 @@ def random_scores(layout: VideoLayout, seed: int | None) -> torch.Tensor:
     return torch.cat(scores).to(layout.blocks.device)
 
 
-def log_score_bias(token_scores: torch.Tensor, layout: VideoLayout, kind: str) -> torch.Tensor:
+def log_score_bias(score_logits: torch.Tensor, layout: VideoLayout, num_kept: Sequence[int], kind: str) -> torch.Tensor:
     """
-    Scores -> what is added to the attention logits of each key in layer `l + 1` (section 3.2).
+    Scores before their sigmoid -> what is added to the attention logits of each key in layer `l + 1` (section 3.2).
 
     Args:
-        token_scores: float32 `(frames, P)` in `(0, 1)`.
+        score_logits: float32 `(frames, P)`.
         layout: of the batch.
+        num_kept: survivors of each video; one that keeps all its tokens gets no bias, as where nothing is pruned.
         kind: `"log"`, or `"rescaled_log"`: the authors' code first stretches the scores of each row of patches
             to `[exp(-2), 1]`.
 
@@ -149,11 +164,15 @@ def log_score_bias(token_scores: torch.Tensor, layout: VideoLayout, kind: str) -
         float32 `(frames, N)`, zero in each video's first frame.
     """
     if kind == "rescaled_log":
-        rows = token_scores.unflatten(1, layout.grid)
+        rows = score_logits.sigmoid().unflatten(1, layout.grid)
         low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
         rows = RESCALED_MIN_SCORE + (rows - low) * (1 - RESCALED_MIN_SCORE) / (high - low + 1e-6)
-        token_scores = rows.flatten(1)
-    bias = zero_first_frames(token_scores.clamp_min(MIN_SCORE).log(), layout.num_frames)
+        bias = rows.flatten(1).log()
+    else:
+        bias = F.logsigmoid(score_logits)  # finite, and with a gradient, however small the score
+    bias = zero_first_frames(bias, layout.num_frames)
+    videos = zip(bias.split(layout.num_frames), num_kept, strict=True)
+    bias = torch.cat([torch.zeros_like(video) if kept == video.numel() else video for video, kept in videos])
     return bias.index_select(1, patch_slots(layout) // layout.blocks.shape[1])
 
 
@@ -183,8 +202,8 @@ def mask_to_indices(mask: torch.Tensor, num_true: int) -> torch.Tensor:
 def select_tokens(token_scores: torch.Tensor, num_frames: Sequence[int], num_kept: Sequence[int]) -> torch.Tensor:
     """
     Keep the `num_kept` highest scores of each video; every token of its first frame is kept, ties go to the lower
-    index (section 3.3). The sort is stable and shapes are static, so the result is the same on every device and
-    nothing waits for it.
+    index, and NaN is the lowest score (section 3.3). The sort is stable and shapes are static, so the result is the
+    same on every device and nothing waits for it.
 
     Args:
         token_scores: `(frames, P)`.
@@ -196,7 +215,8 @@ def select_tokens(token_scores: torch.Tensor, num_frames: Sequence[int], num_kep
     """
     masks = []
     for scores, kept in zip(token_scores.detach().split(list(num_frames)), num_kept, strict=True):
-        first_frame_first = torch.cat([torch.full_like(scores[:1], torch.inf), scores[1:]]).flatten()
+        others = scores[1:].nan_to_num(nan=-torch.inf)  # a sort would put NaN above the first frame
+        first_frame_first = torch.cat([torch.full_like(scores[:1], torch.inf), others]).flatten()
         order = first_frame_first.argsort(descending=True, stable=True)
         mask = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:kept], True)
         masks.append(mask.view_as(scores))

@@ -1,0 +1,1 @@
+../../generation_stts_molmo.py

@@ -1,0 +1,1 @@
+../../outputs_stts_molmo.py
