@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_inputs, make_model, video_tensors
+from helpers import layout_of, make_inputs, make_model, video_tensors, with_labels
 from stts_molmo.attention_stts_molmo import fold_key_bias, plan_packing
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.pruning_stts_molmo import MERGED_AWAY_BIAS, merge_tokens, merging_shares
-from test_model import with_labels
-from test_scoring import layout_of
 
 
 def merge_frame(patches, blocks, share):
