@@ -2,15 +2,33 @@
 
 import os
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the Hub's client is imported
+
 import pytest
 import torch
+from transformers import logging
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.register_assert_rewrite("helpers")
 
+# Each with what reads it and what sets it.
+GLOBAL_SETTINGS = {
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "float32 precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "verbosity of Transformers": (logging.get_verbosity, logging.set_verbosity),
+}
+AS_FOUND = {name: read() for name, (read, _) in GLOBAL_SETTINGS.items()}
+
 
 @pytest.fixture(autouse=True)
-def one_seed():
+def nothing_left_behind():
+    """Every test begins with the same seed and leaves the global settings of the first one."""
     torch.manual_seed(0)
+    yield
+    changed = {name: read() for name, (read, _) in GLOBAL_SETTINGS.items() if read() != AS_FOUND[name]}
+    for name in changed:
+        GLOBAL_SETTINGS[name][1](AS_FOUND[name])
