@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import config_dict, make_model
+from helpers import config_dict, make_model
 from stts_molmo.configuration_stts_molmo import STTSConfig, STTSMolmoConfig, validate_prune_ratio
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, config_dict, make_inputs, make_native
+from helpers import TINY, VOCAB_SIZE, HubHandler, config_dict, make_inputs, make_native
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stts_molmo.configuration_stts_molmo import STTSConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.tools.conversion import convert_checkpoint
-from test_remote_code import HubHandler
 from transformers import (
     AutoTokenizer,
     Molmo2Config,
@@ -28,7 +27,6 @@ from transformers import (
     Molmo2VideoProcessor,
 )
 
-TINY = Path(__file__).parents[1] / "checkpoints" / "stts-molmo-tiny"
 WIDTH, MLP = 16, 24  # of the tiny ViT
 KNOBS = {"prune_layer": 1}  # the tiny ViT has five layers
 FEATURE_LAYERS = [4, 3]

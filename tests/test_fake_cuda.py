@@ -5,12 +5,11 @@ asked for. Between the pixels and the LLM's tokens nothing waits for the device,
 
 import pytest
 import torch
-from conftest import make_model, video_tensors
+from helpers import layout_of, make_model, video_tensors
 from stts_molmo import attention_stts_molmo
 from stts_molmo.attention_stts_molmo import VisionCausalAttention, varlen_attention
 from stts_molmo.modeling_stts_molmo import add_auxiliary_loss
 from stts_molmo.pruning_stts_molmo import VideoLayout
-from test_scoring import layout_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 varlen = pytest.importorskip("torch.nn.attention.varlen")

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
+from helpers import CLIP, ROOT, load_processor, make_tokenized_model, randomize, tokenized_config
 from safetensors.torch import load_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
-from test_training import CLIP, load_processor, make_tokenized_model, tokenized_config
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "finetune.py"
 DATASET = ROOT / "examples" / "finetune.jsonl"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -41,12 +39,10 @@ for folder in sys.argv[1:]:
 # Two runs on two processes: equal rows, for comparison with one process; then one row without a video, which leaves one
 # process without gradients for the vision tower.
 ON_TWO_PROCESSES = """
-import sys, torch, torch.distributed
-sys.path.insert(0, sys.argv[1])
-import finetune
+import sys, torch, torch.distributed, finetune
 for name in ("equal", "mixed"):
     run = ["--dataset", f"{name}.jsonl", "--output_dir", name]
-    trainer = finetune.main([*run, *sys.argv[2:], *(["--gradient_checkpointing"] if name == "mixed" else [])])
+    trainer = finetune.main([*run, *sys.argv[1:], *(["--gradient_checkpointing"] if name == "mixed" else [])])
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     both = [torch.empty_like(weights) for _ in range(2)]
     torch.distributed.all_gather(both, weights)
@@ -176,8 +172,9 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
     flags += ["--num_frames", "4", "--logging_steps", "1", "--use_cpu", "--disable_tqdm", "True"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, driver]
     batch = "--per_device_train_batch_size"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent)}
     result = subprocess.run(
-        [*torchrun, SCRIPT.parent, *flags, batch, "1"], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True
+        [*torchrun, *flags, batch, "1"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
 

@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, make_inputs, make_model, make_native
+from helpers import BATCH, BEAMS, CASES, GREEDY, IMAGE_TOKEN, make_inputs, make_model, make_native, new_tokens, solo
 from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS
 from stts_molmo.prompt_stts_molmo import _compact_cached_prompt
-from test_model import BATCH, CASES, solo
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -19,18 +18,6 @@ from transformers import (
 )
 from transformers.generation import utils
 from transformers.generation.streamers import BaseStreamer
-
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
-BEAMS = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
-
-
-def new_tokens(model, inputs, **kwargs):
-    """Tokens after the prompt, which must come back untouched."""
-    sequences = model.generate(**inputs, **kwargs)
-    prompt = inputs["input_ids"]
-    repeats = len(sequences) // len(prompt)
-    assert torch.equal(sequences[:, : prompt.shape[1]], prompt.repeat_interleave(repeats, dim=0))
-    return sequences[:, prompt.shape[1] :]
 
 
 @pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from conftest import make_inputs, make_model, make_native, video_tensors
+from helpers import (
+    MASK_CASES,
+    layout_of,
+    make_inputs,
+    make_model,
+    make_native,
+    outputs_and_gradients,
+    torch_dense_mask,
+    video_tensors,
+)
 from stts_molmo import modeling_stts_molmo
 from stts_molmo.attention_stts_molmo import vision_causal_mask
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention
-from test_llm_attention import CASES, outputs_and_gradients, torch_dense_mask
-from test_scoring import layout_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,7 +87,7 @@ def test_blocks_of_a_long_video_are_pooled_within_memory(use_kernels):
     assert blocks.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASK_CASES)
 def test_attention_without_a_mask_is_that_of_the_dense_mask(case):
     expected = outputs_and_gradients(case, torch_dense_mask)
     outputs = outputs_and_gradients(case, vision_causal_mask, torch.bfloat16, "cuda")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_inputs, make_model
+from helpers import make_inputs, make_model
 from stts_molmo import modeling_stts_molmo
 from stts_molmo.attention_stts_molmo import torch_attention_pool
 from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention

@@ -3,67 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_inputs, make_model, video_tensors
+from helpers import (
+    BATCH,
+    BEAMS,
+    GREEDY,
+    MASK_CASES,
+    make_inputs,
+    make_model,
+    new_tokens,
+    outputs_and_gradients,
+    torch_dense_mask,
+    video_tensors,
+    with_labels,
+)
 from stts_molmo import modeling_stts_molmo
 from stts_molmo.attention_stts_molmo import VisionCausalMask, vision_causal_mask
-from test_generation import BEAMS, GREEDY, new_tokens
-from test_model import BATCH, with_labels
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Molmo2Config
-from transformers.masking_utils import create_causal_mask
-
-TEXT, VISION, PAD = 0, 1, 2
-
-
-def tokens(*runs: tuple[int, int]) -> list[int]:
-    """Kinds of tokens of one row from `(kind, count)` pairs."""
-    return [kind for kind, count in runs for _ in range(count)]
-
-
-ROWS = {
-    "vision first": tokens((VISION, 20), (TEXT, 13)),
-    "vision in the middle": tokens((TEXT, 9), (VISION, 15), (TEXT, 9)),
-    "vision last": tokens((TEXT, 20), (VISION, 13)),
-    "many runs": tokens((TEXT, 3), *[(VISION, 4), (TEXT, 2)] * 5),
-    "only vision": tokens((VISION, 33)),
-    "two vision tokens": tokens((TEXT, 5), (VISION, 1), (TEXT, 7), (VISION, 1), (TEXT, 19)),
-    "one vision token": tokens((TEXT, 7), (VISION, 1), (TEXT, 25)),
-    "no vision": tokens((TEXT, 33)),
-    "padded on the left": tokens((PAD, 6), (TEXT, 2), (VISION, 20), (TEXT, 5)),
-    "padded on the right": tokens((TEXT, 2), (VISION, 20), (TEXT, 3), (PAD, 8)),
-    "one position": tokens((PAD, 32), (TEXT, 1)),
-}
-CASES = {name: [row] for name, row in ROWS.items()} | {"a batch of all": list(ROWS.values())}
-
-
-def torch_dense_mask(mm_token_type_ids, attention_mask):
-    """What Transformers builds: bool `(batch, 1, length, length)`."""
-    config = Molmo2Config().text_config
-    config._attn_implementation = "sdpa"
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=torch.empty(*mm_token_type_ids.shape, 1),
-        attention_mask=attention_mask,
-        past_key_values=None,
-        block_sequence_ids=torch.where(mm_token_type_ids == 1, 0, -1),
-    )
-
-
-def outputs_and_gradients(case, build_mask, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
-    """Attention under `build_mask(types, attention_mask)`: the output, and gradients of query, key and value."""
-    kinds = torch.tensor(CASES[case], device=device)
-    types, attention_mask = (kinds == VISION).long(), (kinds != PAD).long()
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, weight = torch.randn(4, len(kinds), 3, kinds.shape[1], 8, generator=generator).bfloat16()
-    states = [x.to(device, dtype).requires_grad_() for x in (query, key, value)]
-    output = F.scaled_dot_product_attention(*states, attn_mask=build_mask(types, attention_mask), scale=0.3)
-    output = output.masked_fill(attention_mask[:, None, :, None] == 0, 0)  # nobody reads padded positions
-    gradients = torch.autograd.grad((output * weight.to(device)).sum(), states)
-    return [x.float().cpu() for x in (output, *gradients)]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MASK_CASES)
 def test_values_and_gradients_are_those_of_the_dense_mask(case, dtype, tolerance):
     expected = outputs_and_gradients(case, torch_dense_mask)
     for ours, dense in zip(outputs_and_gradients(case, vision_causal_mask, dtype), expected, strict=True):

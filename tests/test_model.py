@@ -4,44 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import (
-    IMAGE_TOKEN,
-    PATCH_DIM,
-    VOCAB_SIZE,
-    make_inputs,
-    make_model,
-    make_native,
-    video_tensors,
-)
+from helpers import BATCH, CASES, IMAGE_TOKEN, make_inputs, make_model, make_native, solo, video_tensors, with_labels
 from stts_molmo.modeling_stts_molmo import labelled_states
 from stts_molmo.prompt_stts_molmo import consecutive_positions, plan_compaction
-
-
-def image_inputs(num_images: int) -> dict[str, torch.Tensor]:
-    """Prompts with images of one crop: a 3 x 3 high-resolution grid after a 2 x 2 low-resolution one."""
-    videos = video_tensors([2 * num_images])
-    pooling = videos["video_token_pooling"]
-    ids = [1, *([IMAGE_TOKEN] * 8) * num_images, 20, 21, 3]
-    input_ids = torch.tensor([ids])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "mm_token_type_ids": (input_ids == IMAGE_TOKEN).long(),
-        "pixel_values": torch.randn(2 * num_images, 36, PATCH_DIM),
-        "image_token_pooling": pooling,
-        "image_grids": torch.tensor([[2, 2, 2, 2]] * num_images),
-        "image_num_crops": torch.tensor([2] * num_images),
-    }
-
-
-CASES = {
-    "video": lambda: make_inputs([4]),
-    "videos of different lengths": lambda: make_inputs([4, 6, 1]),
-    "video and text": lambda: make_inputs([4, None, 3]),
-    "text": lambda: make_inputs([None, None]),
-    "image": lambda: image_inputs(1),
-    "multi-image": lambda: image_inputs(3),
-}
 
 
 @torch.no_grad()
@@ -127,24 +92,6 @@ def test_embeddings_instead_of_ids():
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def solo(inputs, row, num_frames):
-    """Row `row` of a batch as a batch of one, without its padding."""
-    keep = inputs["attention_mask"][row].bool()
-    single = {name: inputs[name][row, keep][None] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    video = sum(1 for count in num_frames[:row] if count)
-    if num_frames[row]:
-        frames = [count for count in num_frames if count]
-        start, stop = sum(frames[:video]), sum(frames[: video + 1])
-        single["pixel_values_videos"] = inputs["pixel_values_videos"][start:stop]
-        pooling = inputs["video_token_pooling"][start * 4 : stop * 4]
-        single["video_token_pooling"] = pooling - start * 36
-        single["video_grids"] = inputs["video_grids"][video : video + 1]
-    return single
-
-
-BATCH = [4, None, 6, 1, 3, 2, None, 5]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -217,12 +164,6 @@ def test_hidden_states_have_the_inputs_length():
     inputs = make_inputs([4, 2])
     outputs = make_model()(**inputs, output_hidden_states=True)
     assert all(states.shape[:2] == inputs["input_ids"].shape for states in outputs.hidden_states)
-
-
-def with_labels(inputs):
-    labels = torch.where(inputs["input_ids"] < VOCAB_SIZE, inputs["input_ids"], -100)
-    inputs["labels"] = labels.masked_fill(inputs["attention_mask"] == 0, -100)
-    return inputs
 
 
 def test_loss_equals_native_when_nothing_is_pruned():

@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = "checkpoints/stts-molmo-tiny"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model
+from helpers import layout_of, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from stts_molmo.attention_stts_molmo import (
@@ -13,7 +13,6 @@ from stts_molmo.attention_stts_molmo import (
     refill_lone_frames,
     varlen_attention,
 )
-from test_scoring import layout_of
 
 
 def brute_force_bins(counts: list[int], capacity: int) -> Bins:

@@ -1,12 +1,8 @@
 """Transformers' pipelines, as a user calls them for video question answering."""
 
-from pathlib import Path
-
 import pytest
+from helpers import ROOT, TINY
 from transformers import pipeline
-
-ROOT = Path(__file__).parents[1]
-TINY = ROOT / "checkpoints" / "stts-molmo-tiny"
 
 
 def chat(clip: str, question: str) -> list[dict]:

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, write_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
 from stts_molmo.video_stts_molmo import sample_frame_indices, sample_frame_times, scaled_num_frames
-from test_video_decoding import write_video
 from transformers import (
     AutoProcessor,
     AutoVideoProcessor,
@@ -33,7 +33,6 @@ from transformers import (
 )
 from transformers.video_utils import VideoMetadata
 
-TINY = Path(__file__).parents[1] / "checkpoints/stts-molmo-tiny"
 PROCESSOR_FILES = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 

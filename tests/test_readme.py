@@ -2,11 +2,8 @@
 
 import re
 import shutil
-from pathlib import Path
 
-from test_remote_code import run_clean
-
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT, run_clean
 
 
 def test_quick_starts(tmp_path):

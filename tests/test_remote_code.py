@@ -1,58 +1,16 @@
 """Checkpoints as others meet them: with `trust_remote_code`, in a process where nothing of ours can be imported."""
 
 import json
-import subprocess
-import sys
 import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import make_inputs, make_model, make_native
+from helpers import TINY, HubHandler, make_inputs, make_model, make_native, run_clean
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.checkpoint import CODE_FILES
-
-TINY = Path(__file__).parents[1] / "checkpoints" / "stts-molmo-tiny"
-
-# Nothing of ours, not even where it is installed.
-PREAMBLE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("stts_molmo", "stts_kernels"):
-            raise ModuleNotFoundError(name, name=name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-    AutoVideoProcessor,
-)
-"""
-
-
-def run_clean(script: str, tmp_path: Path, **env) -> str:
-    """Run `script` in a new process with an empty Hub cache and no network but this machine's."""
-    environment = {
-        "PATH": "",
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        **env,
-    }
-    command = [sys.executable, "-c", PREAMBLE + script]
-    process = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -150,50 +108,6 @@ assert type(processor).__name__ == "STTSMolmoProcessor"
 """,
         tmp_path,
     )
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    """The three endpoints that the Hub client needs to load a repository."""
-
-    protocol_version = "HTTP/1.1"
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def __init__(self, *args, root: Path, requests: list[str], **kwargs):
-        self.root, self.requests = root, requests
-        super().__init__(*args, **kwargs)
-
-    def log_message(self, *args):
-        pass
-
-    def reply(self, body: bytes, status: int = 200, **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.requests.append(path)
-        files = sorted(file for file in self.root.iterdir() if file.is_file())
-        if path.startswith("/api/models/team/clips-qa"):
-            if "/tree/" in path:
-                entries = [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files
-                ]
-                return self.reply(json.dumps(entries).encode(), Content_Type="application/json")
-            siblings = [{"rfilename": file.name} for file in files]
-            info = {"id": "team/clips-qa", "sha": self.commit, "siblings": siblings, "private": False, "tags": []}
-            return self.reply(json.dumps(info).encode(), Content_Type="application/json")
-        name = path.rpartition("/")[2]
-        if path.startswith("/team/clips-qa/resolve/") and name in {file.name for file in files}:
-            body = (self.root / name).read_bytes()
-            return self.reply(body, X_Repo_Commit=self.commit, ETag=f'"{name}-{len(body)}"')
-        code = "EntryNotFound" if path.startswith("/team/clips-qa/") else "RepoNotFound"
-        return self.reply(b"", 404, X_Error_Code=code, X_Repo_Commit=self.commit)
-
-    do_HEAD = do_GET
 
 
 def test_a_repository_on_a_hub(checkpoint, tmp_path):

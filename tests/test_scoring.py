@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_model, video_tensors
+from helpers import layout_of, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from stts_molmo.pruning_stts_molmo import (
-    VideoLayout,
     auxiliary_loss,
     log_score_bias,
     mask_to_indices,
@@ -16,13 +15,6 @@ from stts_molmo.pruning_stts_molmo import (
     select_tokens,
     temporal_dissimilarity,
 )
-
-
-def layout_of(num_frames, grid=6, window=3):
-    videos = video_tensors(num_frames, grid, window)
-    rows, columns = videos["video_grids"][0, 1:].tolist()
-    blocks = videos["video_token_pooling"][: rows * columns].long()
-    return VideoLayout(num_frames, (rows, columns), grid * grid, blocks)
 
 
 @pytest.mark.parametrize(

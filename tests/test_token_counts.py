@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import config_dict
+from helpers import config_dict
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor

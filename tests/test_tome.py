@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_inputs, make_model, video_tensors
+from helpers import layout_of, make_inputs, make_model, video_tensors, with_labels
 from stts_molmo.attention_stts_molmo import fold_key_bias, plan_packing
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.pruning_stts_molmo import MERGED_AWAY_BIAS, merge_tokens, merging_shares
-from test_model import with_labels
-from test_scoring import layout_of
 
 
 def merge_frame(patches, blocks, share):
@@ -166,7 +164,8 @@ def test_the_tower_equals_its_layers_on_the_merged_patches_alone(prune_ratio, gr
 @pytest.mark.parametrize("prune_ratio", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("grid", [9, 8])
 def test_a_video_in_a_batch_equals_the_video_alone(grid, prune_ratio):
-    model, videos = make_model(grid, method="tome", prune_ratio=prune_ratio), video_tensors([5, 1, 12], grid)
+    model, videos = make_model(grid, method="tome", prune_ratio=prune_ratio).double(), video_tensors([5, 1, 12], grid)
+    videos["pixel_values_videos"] = videos["pixel_values_videos"].double()  # rounding differs by the number of threads
     together = model.get_video_features(**videos)
     assert [len(tokens) for tokens in together.pooler_output] == layout_of([5, 1, 12], grid).num_kept(prune_ratio)
     start = 0
@@ -179,7 +178,7 @@ def test_a_video_in_a_batch_equals_the_video_alone(grid, prune_ratio):
             videos["video_grids"][index : index + 1],
         )
         assert torch.equal(alone.keep_mask, together.keep_mask[frames])
-        torch.testing.assert_close(alone.pooler_output[0], together.pooler_output[index], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone.pooler_output[0], together.pooler_output[index])
         start += count
 
 

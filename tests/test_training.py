@@ -5,18 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import config_dict, make_inputs, make_model, randomize
 from datasets import Dataset
-from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoPoolingAttention
-from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from helpers import CLIP, load_processor, make_inputs, make_model, make_tokenized_model
+from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-ROOT = Path(__file__).parents[1]
-CLIP = str(ROOT / "examples" / "clips" / "quiet.mp4")
 END = "<|im_end|>"
 
 # As the released Molmo2 checkpoints write chats: no `{% generation %}`, no start token, visuals in front, nothing after
@@ -33,38 +29,6 @@ MOLMO2_STYLE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def load_processor(chat_template: str | None = None) -> STTSMolmoProcessor:
-    processor = STTSMolmoProcessor.from_pretrained(ROOT / "checkpoints" / "stts-molmo-tiny")
-    processor.chat_template = chat_template or processor.chat_template
-    return processor
-
-
-def tokenized_config(**stts_config) -> dict:
-    """The tests' tiny geometry for the frames and ids of the tiny checkpoint's processor."""
-    tokens = {
-        "image_start_token_id": "<im_start>",
-        "image_end_token_id": "<im_end>",
-        "image_patch_id": "<im_patch>",
-        "low_res_image_start_token_id": "<low_res_im_start>",
-        "frame_start_token_id": "<frame_start>",
-        "frame_end_token_id": "<frame_end>",
-    }
-    processor = load_processor()
-    config = config_dict(grid=9, **stts_config)
-    config |= {name: processor.tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
-    config["vision_config"] |= {"image_size": [36, 36], "patch_size": 4}
-    config["text_config"]["vocab_size"] = min(processor.image_token_ids)
-    return config
-
-
-def make_tokenized_model(**stts_config) -> STTSMolmoForConditionalGeneration:
-    model = STTSMolmoForConditionalGeneration(
-        STTSMolmoConfig(**tokenized_config(**{"prune_ratio": 0.5, **stts_config}))
-    )
-    randomize(model)
-    return model
 
 
 def ask(question: str, answer: str | None = None, video: str | None = None) -> list[dict]:

@@ -6,12 +6,12 @@ Every clip is written here. Frame `i` is a flat grey of `brightness(i)`, so a de
 import io
 import subprocess
 import sys
-from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import stts_molmo.video_stts_molmo as video_module
+from helpers import NUM_LEVELS, brightness, write_video
 from stts_molmo.video_stts_molmo import (
     EncodedVideo,
     decode_clip,
@@ -21,7 +21,6 @@ from stts_molmo.video_stts_molmo import (
     sample_frame_times,
 )
 
-NUM_LEVELS = 50  # numbers repeat after this many frames; lossy codecs keep steps of 4 apart
 GREY_CODECS = {
     "h264.mp4": ("libx264", {"bf": "2"}),
     "open_gop.mp4": ("libx264", {"bf": "3", "x264-params": "open-gop=1"}),
@@ -36,36 +35,9 @@ GREY_CODECS = {
 }
 
 
-def brightness(number: int) -> int:
-    return 20 + 4 * (number % NUM_LEVELS)
-
-
 def frame_number(frame) -> int:
     """The number of a decoded frame, modulo `NUM_LEVELS`."""
     return round((float(frame.float().mean()) - 20) / 4)
-
-
-def write_video(
-    path, num_frames=60, times=None, fps=30, size=(64, 48), codec="libx264", options=None, paint=None, **container
-):
-    """Write flat grey frames, or the frames that `paint(number, array)` draws; `times` are presentation times in s."""
-    options = {"g": "12", "threads": "1"} | (options or {})
-    with av.open(path if hasattr(path, "write") else str(path), "w", **container) as output:
-        stream = output.add_stream(codec, rate=fps, options=options)
-        stream.width, stream.height = size
-        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number in range(num_frames):
-            pixels = np.full((size[1], size[0], 3), brightness(number), np.uint8)
-            if paint is not None:
-                paint(number, pixels)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = round(times[number] * 1000), Fraction(1, 1000)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    return path
 
 
 def remux(source, target, **container):

@@ -4,12 +4,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from helpers import TINY, make_model
 from PIL import Image
 from stts_molmo.modeling_stts_molmo import STTSMolmoVideoFeatures
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.visualization import TILE, draw_frames, save_mp4, save_png, unpatchify, visualize
-from test_remote_code import TINY
 
 
 @pytest.fixture(scope="module")
