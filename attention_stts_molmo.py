@@ -437,8 +437,7 @@ class VisionCausalMask(torch.Tensor):
         if torch.is_autocast_enabled(device.type):  # it acts below what is called here
             query, key, value = (x.to(torch.get_autocast_dtype(device.type)) for x in (query, key, value))
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        rows = [[] for _ in query]
-        ends = [0 for _ in query]
+        rows, ends = [[] for _ in range(len(query))], [0] * len(query)
         for row, start, stop, vision in attn_mask.samples:
             inputs = (x[row : row + 1, :, start:stop] for x in (query, key, value))
             output = VisionCausalAttention.apply(*inputs, vision.to(device), scaling)

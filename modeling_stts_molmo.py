@@ -375,7 +375,8 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         if self.config._attn_implementation == "eager":
             hidden_states = layer(hidden_states, None if key_bias is None else key_bias[:, None, None])
             return hidden_states.flatten(0, 1).index_select(0, packing.patches)
-        return layer(hidden_states, key_bias=key_bias, packing=packing)
+        # By position: reentrant checkpointing gives keywords no gradient of their own.
+        return layer(hidden_states, None, key_bias, packing)
 
     def run_late_layers(self, packed: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
         """Layers `l + 2..` on packed patches `(tokens, D)`; the outputs of the feature layers, each `(tokens, D)`."""
@@ -473,7 +474,7 @@ class STTSMolmoModel(Molmo2Model):
         validate_layers(self.config)  # a loaded model's config may have been changed
         pruning = self.config.stts_config.pruning(prune_ratio, method, max_vision_tokens)
         layout = self._video_layout(pixel_values_videos, video_token_pooling, video_grids)
-        num_kept = layout.num_kept(pruning)
+        num_kept = layout.num_kept(pruning.prune_ratio, pruning.max_vision_tokens)
         num_tokens = sum(layout.num_frames) * layout.tokens_per_frame
         if pruning.method == "none" or (sum(num_kept) == num_tokens and not self.training):
             native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)

@@ -218,8 +218,8 @@ def compact_cached(
 ) -> dict[str, torch.Tensor | None]:
     """
     Tensors that speak of the user's whole sequence, for `num_new` tokens after a compacted prompt in `cache`: an
-    `attention_mask` gets the cache's length, `position_ids` go on from the cache's. A mask that has the cache's length
-    is from `generate`, which has done so already, and one that is not 2D from compiled decoding.
+    `attention_mask` gets the cache's length, `position_ids` go on from the cache's. What fits the cache is from
+    `generate`, which has done so already, and a mask that is not 2D is from compiled decoding.
     """
     attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
     if attention_mask is not None and attention_mask.ndim != 2:  # first: it must not be asked for the cache's length
@@ -227,18 +227,21 @@ def compact_cached(
     prompt = cached_prompt(cache)
     if prompt is None:
         return inputs
-    length = cache.get_seq_length() + num_new
-    if attention_mask is not None and attention_mask.shape[1] == length:
+    num_cached = cache.get_seq_length()
+    if attention_mask is not None and attention_mask.shape[1] == num_cached + num_new:
         return inputs
     compacted = inputs.copy()
+    num_kept = prompt.mask.sum(1, keepdim=True)
     num_before = prompt.length
     if attention_mask is not None:
         num_before = attention_mask[:, :num_before].sum(1, keepdim=True)
         compacted["attention_mask"] = prompt.compact_prefix(attention_mask)
     elif prompt.is_padded:
-        compacted["attention_mask"] = F.pad(prompt.mask, (0, length - prompt.mask.shape[1]), value=True).long()
+        num_after = num_cached + num_new - prompt.mask.shape[1]
+        compacted["attention_mask"] = F.pad(prompt.mask, (0, num_after), value=True).long()
     if position_ids is not None:
-        compacted["position_ids"] = position_ids - (num_before - prompt.mask.sum(1, keepdim=True))
+        goes_on = position_ids[:, :1] == num_cached - prompt.mask.shape[1] + num_kept
+        compacted["position_ids"] = torch.where(goes_on, position_ids, position_ids - (num_before - num_kept))
     return compacted
 
 

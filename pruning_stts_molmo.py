@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .configuration_stts_molmo import Pruning, exact_ratio
+from .configuration_stts_molmo import exact_ratio
 
 RESCALED_MIN_SCORE = math.exp(-2)  # authors' code
 MERGED_AWAY_BIAS = -1000.0  # no attention weight is left in float32; finite in float16 even when divided by a scale
@@ -80,10 +80,9 @@ class VideoLayout(NamedTuple):
         """Whether the window divides the frame, so that every slot of every block holds a patch."""
         return self.blocks.numel() == self.num_patches
 
-    def num_kept(self, pruning: Pruning) -> list[int]:
-        """Surviving tokens of each video."""
-        limits = pruning.prune_ratio, pruning.max_vision_tokens
-        return [num_kept_tokens(t, self.tokens_per_frame, *limits) for t in self.num_frames]
+    def num_kept(self, prune_ratio: float, max_vision_tokens: int | None = None) -> list[int]:
+        """Surviving tokens of each video, see [`num_kept_tokens`]."""
+        return [num_kept_tokens(t, self.tokens_per_frame, prune_ratio, max_vision_tokens) for t in self.num_frames]
 
 
 def gather_blocks(hidden_states: torch.Tensor, layout: VideoLayout) -> torch.Tensor:

@@ -34,7 +34,9 @@ import transformers
 from operation_count import Shape, forward_operations, grid_sizes
 from stts_molmo.attention_stts_molmo import attention_pool, torch_attention_pool
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
-from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS, STTSMolmoForConditionalGeneration, STTSMolmoVideoFeatures
+from stts_molmo.generation_stts_molmo import VIDEO_INPUTS
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from stts_molmo.outputs_stts_molmo import STTSMolmoVideoFeatures
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
 from stts_molmo.pruning_stts_molmo import num_kept_tokens, select_tokens
 from stts_molmo.tools.answer import answer_question

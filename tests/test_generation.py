@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import BATCH, BEAMS, CASES, GREEDY, IMAGE_TOKEN, make_inputs, make_model, make_native, new_tokens, solo
-from stts_molmo.modeling_stts_molmo import VIDEO_INPUTS
-from stts_molmo.prompt_stts_molmo import _compact_cached_prompt
+from stts_molmo.generation_stts_molmo import VIDEO_INPUTS
+from stts_molmo.prompt_stts_molmo import compact_cached
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -381,5 +381,9 @@ def test_compiled_decoding_does_not_ask_a_used_cache_for_its_length():
     model, mask = make_model(), torch.ones(2, 1, 1, 100, dtype=torch.bool)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
     model.generate(**make_inputs([4, 6]), **GREEDY, past_key_values=cache, disable_compile=True)
-    compiled = torch.compile(lambda x: _compact_cached_prompt(x, cache, 1), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x: compact_cached({"attention_mask": x, "position_ids": None}, cache, 1)["attention_mask"],
+        fullgraph=True,
+        backend="eager",
+    )
     assert torch.equal(compiled(mask), mask)

@@ -11,6 +11,7 @@ import torch
 from helpers import make_inputs, make_model
 from stts_molmo import modeling_stts_molmo
 from stts_molmo.attention_stts_molmo import torch_attention_pool
+from stts_molmo.generation_stts_molmo import VIDEO_INPUTS
 from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention
 from transformers.models.molmo2.modeling_molmo2 import Molmo2VisionAttention
 
@@ -125,7 +126,7 @@ def test_blocks_are_pooled_as_by_the_native_attention(use_kernels, cuda_path):
     attention = adapter_attention(use_kernels=use_kernels)
     blocks = torch.randn(5, 9, 32, device=DEVICE, requires_grad=True)
     expected, _ = attention(blocks.mean(1, keepdim=True), blocks)
-    ours, _ = attention(None, blocks)
+    ours, _ = attention(blocks.mean(1, keepdim=True), blocks, full_blocks=True)
     torch.testing.assert_close(ours, expected)
     grads = [torch.autograd.grad(x.square().sum(), blocks)[0] for x in (ours, expected)]
     torch.testing.assert_close(*grads)
@@ -134,15 +135,16 @@ def test_blocks_are_pooled_as_by_the_native_attention(use_kernels, cuda_path):
 def test_no_block_meets_a_kernel_for_sequences(cuda_path, monkeypatch):
     attention = adapter_attention()
     monkeypatch.setattr(Molmo2VisionAttention, "forward", None)
-    assert attention(None, torch.randn(5, 9, 32, device=DEVICE))[0].shape == (5, 1, 16)
+    query, blocks = torch.randn(5, 1, 32, device=DEVICE), torch.randn(5, 9, 32, device=DEVICE)
+    assert attention(query, blocks, full_blocks=True)[0].shape == (5, 1, 16)
 
 
 def test_dropout_is_left_to_the_native_attention(cuda_path):
     attention = adapter_attention().train()
-    blocks = torch.randn(5, 9, 32, device=DEVICE)
-    without, _ = attention(None, blocks)
+    query, blocks = torch.randn(5, 1, 32, device=DEVICE), torch.randn(5, 9, 32, device=DEVICE)
+    without, _ = attention(query, blocks, full_blocks=True)
     attention.attention_dropout = 0.5
-    assert not torch.allclose(attention(None, blocks)[0], without)
+    assert not torch.allclose(attention(query, blocks, full_blocks=True)[0], without)
 
 
 def test_blocks_are_pooled_in_the_forward_of_a_module():
@@ -167,7 +169,7 @@ def test_use_kernels_chooses_the_triton_op(monkeypatch, cuda_path):
     )
     model = make_model(use_kernels=True).to(DEVICE)
     inputs = {name: value.to(DEVICE) for name, value in make_inputs([4, 6]).items()}
-    videos = {name: inputs[name] for name in modeling_stts_molmo.VIDEO_INPUTS}
+    videos = {name: inputs[name] for name in VIDEO_INPUTS}
     with torch.no_grad():
         pooled = model.model.get_video_features(**videos)
         assert len(calls) == 2
@@ -182,4 +184,4 @@ def test_use_kernels_without_the_package_says_what_to_do(monkeypatch, cuda_path)
     monkeypatch.setattr(modeling_stts_molmo, "attention_pool", None)
     attention = adapter_attention(use_kernels=True)
     with pytest.raises(ImportError, match="use_kernels=True .* stts_kernels, .* install stts-molmo and triton"):
-        attention(None, torch.randn(5, 9, 32, device=DEVICE))
+        attention(torch.randn(5, 1, 32, device=DEVICE), torch.randn(5, 9, 32, device=DEVICE), full_blocks=True)

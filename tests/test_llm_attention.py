@@ -17,7 +17,7 @@ from helpers import (
     with_labels,
 )
 from stts_molmo import modeling_stts_molmo
-from stts_molmo.attention_stts_molmo import VisionCausalMask, vision_causal_mask
+from stts_molmo.attention_stts_molmo import Sample, VisionCausalMask, vision_causal_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -30,7 +30,7 @@ def test_values_and_gradients_are_those_of_the_dense_mask(case, dtype, tolerance
 
 
 def test_gradients_are_those_of_finite_differences():
-    mask = VisionCausalMask([(0, 7, torch.tensor([5, 4, 2, 1]))])
+    mask = VisionCausalMask([Sample(0, 0, 7, torch.tensor([5, 4, 2, 1]))], num_rows=1)
     states = [torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), states)
 
@@ -56,7 +56,7 @@ def test_grouped_heads_and_autocast():
 
 def test_the_mask_keeps_its_rows_on_another_device():
     mask = vision_causal_mask(torch.ones(2, 4), None).to("meta")
-    assert isinstance(mask, VisionCausalMask) and mask.device.type == "meta" and len(mask.rows) == 2
+    assert isinstance(mask, VisionCausalMask) and mask.device.type == "meta" and len(mask.samples) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,12 +124,10 @@ def test_a_later_turn_is_that_of_eager(unmasked):
     assert len(unmasked) == 1
 
 
-PACKED = torch.cat([torch.arange(10), torch.arange(23)])[None]
 NATIVE_PATHS = {
     "eager": (lambda: make_model(attn="eager"), {}),
     "nothing pruned": (make_model, {"prune_ratio": 0}),
     "no token types": (make_model, {"mm_token_type_ids": None}),
-    "packed samples": (make_model, {"position_ids": PACKED, "attention_mask": None}),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import BATCH, CASES, IMAGE_TOKEN, make_inputs, make_model, make_native, solo, video_tensors, with_labels
 from stts_molmo.modeling_stts_molmo import labelled_states
-from stts_molmo.prompt_stts_molmo import consecutive_positions, plan_compaction
+from stts_molmo.prompt_stts_molmo import align_rows, consecutive_positions
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_loss_equals_native_when_nothing_is_pruned():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_labels_are_predicted_from_the_last_survivor(side):
     inputs = with_labels(make_inputs([4, 6], side=side))
-    outputs = make_model()(**inputs)
+    outputs = make_model().train()(**inputs, logits_to_keep=0)
     losses = []
     for logits, labels, keep in zip(outputs.logits, inputs["labels"], outputs.input_keep_mask, strict=True):
         logits, labels = logits[keep], labels[keep]
@@ -185,8 +185,8 @@ def test_labels_are_predicted_from_the_last_survivor(side):
 
 
 def test_labelled_states_without_pruning_is_the_usual_shift():
-    states, labels = torch.arange(5.0)[None, :, None], torch.tensor([[7, -100, 8, 9, -100]])
-    found, targets = labelled_states(states, labels, None)
+    states, labels = torch.arange(5.0)[None, :, None], torch.tensor([[-100, 8, 9, -100, -100]])
+    found, targets = labelled_states(states, labels, None, vocab_size=10)
     assert found.flatten().tolist() == [1, 2] and targets.tolist() == [8, 9]
 
 
@@ -298,14 +298,14 @@ def test_decoding_by_hand_with_the_returned_cache(past, positions):
 @pytest.mark.parametrize(("side", "column"), [("left", -1), ("right", 0)])
 def test_rows_are_padded_again_on_their_side(side, column):
     outputs = make_model()(**make_inputs([4, 6], side=side), use_cache=True)
-    mask = outputs.past_key_values.stts_prompt.attention_mask
+    mask = outputs.past_key_values.stts_prompt.mask
     assert mask[:, column].all() and not mask.all()
 
 
-def test_plan_compaction_on_both_sides():
+def test_rows_are_aligned_on_both_sides():
     keep = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 1, 1, 1]], dtype=torch.bool)
     values = torch.arange(10).view(2, 5)
-    left, right = (plan_compaction(keep, [3, 4], side) for side in ("left", "right"))
+    left, right = (align_rows(keep, [3, 4], side) for side in ("left", "right"))
     assert left.compact(values, -1).tolist() == [[-1, 0, 2, 4], [6, 7, 8, 9]]
     assert right.compact(values, -1).tolist() == [[0, 2, 4, -1], [6, 7, 8, 9]]
     for plan in (left, right):

@@ -93,21 +93,29 @@ def test_auxiliary_loss_is_the_mean_over_all_tokens_and_spares_first_frames():
 
 def test_log_bias_reaches_every_patch_of_a_block_and_spares_first_frames():
     layout = layout_of([2, 1])
-    scores = torch.rand(3, 4)
-    bias = log_score_bias(scores, layout, "log")
+    logits = torch.randn(3, 4)
+    bias = log_score_bias(logits, layout, [6, 4], "log")
     assert (bias[0] == 0).all() and (bias[2] == 0).all()
     for block, patches in enumerate(layout.blocks):
-        assert bias[1, patches].allclose(scores[1, block].log().expand(9))
+        assert bias[1, patches].allclose(logits[1, block].sigmoid().log().expand(9))
 
 
-def test_log_bias_of_a_zero_score_is_finite():
-    assert log_score_bias(torch.zeros(2, 4), layout_of([2]), "log").isfinite().all()
+def test_log_bias_of_a_tiny_score_is_finite_and_learns():
+    logits = torch.tensor([[0.0] * 4, [-20.0, -200.0, 20.0, 0.0]], requires_grad=True)
+    bias = log_score_bias(logits, layout_of([2]), [6], "log")
+    bias.sum().backward()
+    assert bias.isfinite().all() and logits.grad[1].tolist() == pytest.approx([9.0, 9.0, 0.0, 4.5], abs=1e-4)
+
+
+def test_a_video_that_loses_nothing_gets_no_bias():
+    bias = log_score_bias(torch.randn(4, 4), layout_of([2, 2]), [8, 7], "log")
+    assert (bias[:3] == 0).all() and (bias[3] != 0).all()
 
 
 def test_rescaled_bias_stretches_each_row_of_patches():
     layout = layout_of([2])
-    scores = torch.tensor([[0.5] * 4, [0.2, 0.6, 0.4, 0.4]])
-    bias = log_score_bias(scores, layout, "rescaled_log")[1].view(6, 6)
+    logits = torch.tensor([[0.5] * 4, [0.2, 0.6, 0.4, 0.4]]).logit()
+    bias = log_score_bias(logits, layout, [6], "rescaled_log")[1].view(6, 6)
     assert bias[0, 0].item() == pytest.approx(-2, abs=1e-4) and bias[0, 5].item() == pytest.approx(0, abs=1e-4)
     assert (bias[3:] + 2).abs().max() < 1e-4  # a constant row sits at the minimum
 
@@ -115,11 +123,11 @@ def test_rescaled_bias_stretches_each_row_of_patches():
 def test_bias_with_a_window_that_does_not_divide_the_frame():
     layout = layout_of([2], grid=5)
     assert not layout.is_dense
-    scores = torch.rand(2, 4)
-    bias = log_score_bias(scores, layout, "log")[1]
+    logits = torch.randn(2, 4)
+    bias = log_score_bias(logits, layout, [6], "log")[1]
     for block, patches in enumerate(layout.blocks):
         inside = patches[patches >= 0]
-        assert bias[inside].allclose(scores[1, block].log().expand(len(inside)))
+        assert bias[inside].allclose(logits[1, block].sigmoid().log().expand(len(inside)))
 
 
 def test_random_scores_are_seeded_per_video():

@@ -7,6 +7,7 @@ from helpers import config_dict
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from stts_molmo.prompt_stts_molmo import plan_compaction
 from stts_molmo.pruning_stts_molmo import num_kept_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import Molmo2ImageProcessor, PreTrainedTokenizerFast
@@ -79,7 +80,9 @@ def test_tokens_per_instance_equal_table_6(setting, processor, model):
     videos = {n: inputs[n] for n in ("pixel_values_videos", "video_token_pooling", "video_grids")}
     for prune_ratio in (0.3, 0.4, 0.5) if num_frames == 64 else (0.5,):
         features = model.get_video_features(**videos, prune_ratio=prune_ratio)
-        plan = model.model._plan_compaction(inputs["input_ids"], None, inputs["attention_mask"], features)
+        plan = plan_compaction(
+            model.model.find_placeholders(inputs["input_ids"], None), features.keep_mask, inputs["attention_mask"]
+        )
         assert plan.mask.sum() == TABLE_6[setting][prune_ratio]
         assert sum(len(video) for video in features.pooler_output) == features.keep_mask.sum()
 

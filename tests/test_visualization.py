@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY, make_model
 from PIL import Image
-from stts_molmo.modeling_stts_molmo import STTSMolmoVideoFeatures
+from stts_molmo.outputs_stts_molmo import STTSMolmoVideoFeatures
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.visualization import TILE, draw_frames, save_mp4, save_png, unpatchify, visualize
 
