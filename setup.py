@@ -14,7 +14,7 @@ TEST = [
     "pyright[nodejs]>=1.1.400,<=1.1.414",
     "pytest>=8.4",
     "ruff>=0.17,<0.18",
-    "setuptools>=77",
+    "setuptools>=77.0.3",
     "tokenizers>=0.23.1",
     "trl>=1.5",
 ]
