@@ -1,4 +1,4 @@
-.PHONY: demo test lint
+.PHONY: demo test test-oldest lint
 
 CLIP ?= examples/clips/quiet.mp4
 QUESTION ?= What color is the still shape?
@@ -9,9 +9,13 @@ demo: .venv/.core
 test: .venv/.test
 	.venv/bin/python -m pytest
 
+test-oldest: .venv-oldest/.test
+	.venv-oldest/bin/python -m pytest
+
 lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyright
 
 .venv/bin/python:
 	python3 -m venv .venv
@@ -24,3 +28,10 @@ lint: .venv/.test
 .venv/.test: .venv/bin/python setup.py pyproject.toml
 	.venv/bin/pip install --no-compile --editable ".[test]"
 	touch $@ .venv/.core
+
+# The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.
+.venv-oldest/.test: setup.py pyproject.toml
+	python3 -m venv .venv-oldest
+	sed -nE 's/^.*"([A-Za-z_-]+)(\[.*\])?>=([0-9.]+).*$$/\1==\3/p' setup.py > .venv-oldest/lower-bounds.txt
+	.venv-oldest/bin/pip install --no-compile --constraint .venv-oldest/lower-bounds.txt --editable ".[test]"
+	touch $@

@@ -75,8 +75,8 @@ def plan_packing(keep_mask: torch.Tensor, num_kept: int, layout: VideoLayout, re
         inside = blocks.flatten() >= 0
         patches = patches[inside]
         slots = (inside.cumsum(0) - 1).masked_fill(~inside, -1).view_as(blocks)
-    if refill:
-        slots = slots.index_select(0, mask_to_indices(keep_mask.flatten()[tokens], num_kept))
+        if refill:
+            slots = slots.index_select(0, mask_to_indices(keep_mask.flatten()[tokens], num_kept))
     counts = ((layout.blocks >= 0).sum(1) * context_mask).sum(1)
     return Packing(patches, counts, layout.num_patches, slots)
 
@@ -239,14 +239,15 @@ def varlen_attention(
         # A window as wide as a frame changes nothing but the choice of the kernel. Newer releases prefer cuDNN's, which
         # is built anew for each number of survivors and counts elements in int32.
         window = (max_seqlen, max_seqlen)
-        return varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, window_size=window)
-    query, key, value = (
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen)
+        return varlen_attn(query, key, value, *lengths, window_size=window)  # type: ignore
+    queries, keys, values = (
         x.transpose(0, 1)[None].split(cu_seqlens.diff().tolist(), dim=2)
         for x, cu_seqlens in ((query, cu_seqlens_q), (key, cu_seqlens_k), (value, cu_seqlens_k))
     )
     outputs = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        for q, k, v in zip(query, key, value, strict=True)
+        for q, k, v in zip(queries, keys, values, strict=True)
         if q.shape[2]
     ]
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
@@ -414,6 +415,8 @@ class VisionCausalMask(torch.Tensor):
         num_rows: of the batch.
     """
 
+    samples: Sequence[Sample]
+
     @staticmethod
     def __new__(cls, samples: Sequence[Sample], num_rows: int):
         mask = torch.empty(num_rows, 1, 1, 0, dtype=torch.bool, device=samples[0].vision.device).as_subclass(cls)
@@ -423,7 +426,7 @@ class VisionCausalMask(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
-            return cls._attend(*args, **kwargs)
+            return cls._attend(*args, **(kwargs or {}))
         result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, cls):  # moved to another device
             result.samples = args[0].samples
@@ -465,26 +468,25 @@ def vision_causal_mask(
     is_vision = is_vision & attended
     if starts is None:
         # One wait for the device.
-        starts, lengths, counts = torch.stack(
+        begins, lengths, counts = torch.stack(
             [attended.to(torch.int8).argmax(1), attended.sum(1), is_vision.sum(1)]
         ).tolist()
         rows = range(num_rows)
-        stops = [
-            a + max(n, 1) for a, n in zip(starts, lengths, strict=True)
-        ]  # a row of padding: kernels want a position
+        # A row of padding: kernels want a position.
+        stops = [begin + max(count, 1) for begin, count in zip(begins, lengths, strict=True)]
     else:
         starts = starts & attended
         sample = starts.flatten().cumsum(0) - 1
-        rows, starts = starts.nonzero().unbind(1)
+        rows, begins = starts.nonzero().unbind(1)
         sums = torch.zeros(len(rows), 2, dtype=torch.long, device=sample.device)
         flags = torch.stack([attended.flatten(), is_vision.flatten()], dim=1)
         lengths, counts = sums.index_add(0, sample.clamp_min(0), flags.long()).unbind(1)
-        stops = (starts + lengths).tolist()
-        rows, starts, counts = rows.tolist(), starts.tolist(), counts.tolist()
+        stops = (begins + lengths).tolist()
+        rows, begins, counts = rows.tolist(), begins.tolist(), counts.tolist()
     positions = (mask_to_indices(is_vision, sum(counts)) % length).split(counts)
     samples = [
-        Sample(row, start, stop, vision.flip(0) - start)
-        for row, start, stop, vision in zip(rows, starts, stops, positions, strict=True)
+        Sample(row, begin, stop, vision.flip(0) - begin)
+        for row, begin, stop, vision in zip(rows, begins, stops, positions, strict=True)
     ]
     return VisionCausalMask(samples, num_rows)
 

@@ -69,8 +69,9 @@ class Compaction(NamedTuple):
     def repeat(self, num_rows: int) -> "Compaction":
         """For a cache whose rows were repeated, each in place, for beams or several sequences a prompt."""
         repeats = num_rows // len(self.positions)
-        tensors = (x.repeat_interleave(repeats, dim=0) for x in (self.input_keep_mask, self.positions, self.mask))
-        return Compaction(*tensors, self.is_padded)
+        tensors = (self.input_keep_mask, self.positions, self.mask)
+        keep_mask, positions, mask = (x.repeat_interleave(repeats, dim=0) for x in tensors)
+        return Compaction(keep_mask, positions, mask, self.is_padded)
 
 
 def align_rows(input_keep_mask: torch.Tensor, lengths: Sequence[int], padding_side: str) -> Compaction:
@@ -158,9 +159,10 @@ def compact_inputs(
     attention_mask, position_ids = inputs["attention_mask"], inputs["position_ids"]
     padding = {"input_ids": pad_token_id, "inputs_embeds": 0, "mm_token_type_ids": 0}
     compacted = dict.fromkeys(inputs)
-    for name, value in padding.items():
-        if inputs.get(name) is not None:
-            compacted[name] = compaction.compact(inputs[name], value)
+    for name, fill in padding.items():
+        value = inputs.get(name)
+        if value is not None:
+            compacted[name] = compaction.compact(value, fill)
     if attention_mask is not None or (compaction.is_padded and position_ids is None):
         dtype = torch.long if attention_mask is None else attention_mask.dtype
         compacted["attention_mask"] = compaction.mask.to(dtype)
@@ -199,17 +201,18 @@ def consecutive_positions(position_ids: torch.Tensor, dropped: torch.Tensor) -> 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def remember_prompt(cache: Cache | None, compaction: Compaction) -> None:
+def remember_prompt(cache: Cache | None, compaction: Compaction | None) -> None:
     """Let a cache that was filled from a compacted prompt carry it along, as `cache.stts_prompt`, for later turns."""
     if cache is not None:
-        cache.stts_prompt = compaction
+        cache.stts_prompt = compaction  # type: ignore
 
 
 def cached_prompt(cache: Cache | None) -> Compaction | None:
     """The compacted prompt that `cache` was filled from; one that was reset has none, and forgets that it had."""
     prompt = getattr(cache, "stts_prompt", None)
-    if prompt is not None and not cache.get_seq_length():
-        cache.stts_prompt = prompt = None
+    if cache is not None and prompt is not None and not cache.get_seq_length():
+        remember_prompt(cache, None)
+        return None
     return prompt
 
 
@@ -225,7 +228,7 @@ def compact_cached(
     if attention_mask is not None and attention_mask.ndim != 2:  # first: it must not be asked for the cache's length
         return inputs
     prompt = cached_prompt(cache)
-    if prompt is None:
+    if cache is None or prompt is None:
         return inputs
     num_cached = cache.get_seq_length()
     if attention_mask is not None and attention_mask.shape[1] == num_cached + num_new:

@@ -10,7 +10,6 @@ import torch
 from helpers import TINY, HubHandler, make_inputs, make_model, make_native, run_clean
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.tools.checkpoint import CODE_FILES
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +33,7 @@ with torch.no_grad():
 """
 
 
-def test_every_file_that_loading_needs_is_saved(checkpoint):
-    assert {path.name for path in checkpoint.glob("*.py")} == {path.name for path in CODE_FILES}
+def test_auto_classes_are_named_in_the_config(checkpoint):
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"}
 
@@ -87,24 +85,26 @@ AutoProcessor.from_pretrained("trainer/checkpoint-2", **trust)
     )
 
 
-def test_forgetting_trust_is_an_error_and_not_a_plain_molmo2(checkpoint, tmp_path):
-    script = f"""
-try:
-    AutoModelForImageTextToText.from_pretrained({str(checkpoint)!r}, trust_remote_code=False)
-except ValueError as error:
-    print(error)
-"""
-    assert "trust_remote_code" in run_clean(script, tmp_path)
-
-
-def test_bundled_checkpoint_loads_clean(tmp_path):
+def test_trust_in_one_checkpoint_is_not_trust_in_all(checkpoint, tmp_path):
+    """Without trust it is an error, no plain Molmo2; and the code of a trusted checkpoint registers nothing."""
     run_clean(
         f"""
-directory = {str(TINY)!r}
-model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+def refuse(directory):
+    for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+                 AutoVideoProcessor):
+        try:
+            auto.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+        else:
+            raise AssertionError(auto.__name__)
+
+refuse({str(checkpoint)!r})
+model = AutoModelForImageTextToText.from_pretrained({str(TINY)!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({str(TINY)!r}, trust_remote_code=True)
 assert type(model).__name__ == "STTSMolmoForConditionalGeneration"
 assert type(processor).__name__ == "STTSMolmoProcessor"
+refuse({str(checkpoint)!r})
 """,
         tmp_path,
     )

@@ -1,0 +1,217 @@
+"""The rules of the house: what lies at the root, who imports whom, what is declared, and what the front door gives."""
+
+import ast
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import setuptools
+import stts_molmo
+from helpers import ROOT, TINY, make_model
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.tools.checkpoint import CODE_FILES
+
+MAX_LINES = 900
+BEING_SPLIT = {"benchmarks/throughput.py"}
+CODE = {path.stem.removesuffix("_stts_molmo"): path for path in CODE_FILES}
+# Which rooms a room may look into.
+DOORS = {
+    "configuration": set(),
+    "pruning": {"configuration"},
+    "attention": {"configuration", "pruning"},
+    "outputs": set(),
+    "prompt": set(),
+    "generation": {"outputs", "prompt"},
+    "modeling": {"configuration", "pruning", "attention", "outputs", "prompt", "generation"},
+    "video": {"configuration"},
+    "processing": {"configuration", "video"},
+}
+# What is imported where it is there, and done without where it is not.
+OPTIONAL = {"torchcodec", "triton"}
+EXTRAS = {"benchmarks": "test", "examples": "train", "tests": "test"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+PACKAGE_FILES = [ROOT / "__init__.py", *CODE_FILES, *python_files("tools", "stts_kernels")]
+ALL_FILES = [ROOT / "setup.py", *PACKAGE_FILES, *python_files(*EXTRAS)]
+
+
+def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Each import of a file with the module it names, `.name` for one beside the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node, "." * node.level + (node.module or "")
+        elif isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+
+
+def guarded_imports(path: Path) -> set[str]:
+    """Modules that a file imports in a `try` that goes on without them."""
+    return {
+        module
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Try) and any(getattr(x.type, "id", "") == "ImportError" for x in node.handlers)
+        for statement in node.body
+        for module in [getattr(statement, "module", None)]
+        if module
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rooms
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_root_holds_what_a_hub_repository_carries(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    STTSMolmoProcessor.from_pretrained(TINY).save_pretrained(tmp_path)
+    at_the_root = {path.name for path in ROOT.glob("*.py")} - {"__init__.py", "setup.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == at_the_root == {path.name for path in CODE_FILES}
+
+
+def test_the_bundled_checkpoint_links_to_it():
+    assert sorted(path.resolve() for path in TINY.glob("*.py")) == [path.resolve() for path in CODE_FILES]
+    assert all(path.is_symlink() for path in TINY.glob("*.py"))
+
+
+@pytest.mark.parametrize("room", CODE)
+def test_rooms_at_the_root_look_one_way(room):
+    doors = {f".{name}_stts_molmo" for name in DOORS[room]}
+    for _, module in imported_modules(CODE[room]):
+        ours = module.startswith(".") or module.partition(".")[0] in ("stts_molmo", "stts_kernels", "tools")
+        assert not ours or module in doors or (room, module) == ("attention", "stts_kernels"), module
+    assert ("stts_kernels" in guarded_imports(CODE[room])) == (room == "attention")
+
+
+def test_nobody_looks_into_the_workshop():
+    """What pip adds builds on what a Hub repository carries; benchmarks, examples and tests build on both."""
+    for path in python_files("tools"):
+        for _, module in imported_modules(path):
+            assert module.partition(".")[0] not in EXTRAS, (path, module)
+    for path in python_files("stts_kernels"):
+        assert not [module for _, module in imported_modules(path) if "stts_molmo" in module], path
+
+
+def test_test_files_stand_alone():
+    """They share helpers.py; none imports from another or changes where modules are found."""
+    for path in python_files("tests"):
+        modules = {module for _, module in imported_modules(path)}
+        assert not [module for module in modules if module.startswith(("test_", "conftest"))], path
+        attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+        assert not [node for node in attributes if ast.unparse(node) == "sys.path"], path
+
+
+def test_no_file_is_too_long():
+    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in ALL_FILES}
+    assert not {name: count for name, count in lines.items() if count > MAX_LINES and name not in BEING_SPLIT}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dependencies
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict[str, list[Requirement]]:
+    """The requirements in setup.py: `install`, and those of each extra."""
+    given = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(setuptools, "setup", given.update)
+        runpy.run_path(str(ROOT / "setup.py"))
+    lines = {"install": given["install_requires"], **given["extras_require"]}
+    return {name: list(map(Requirement, group)) for name, group in lines.items()}
+
+
+def third_party_packages(paths: list[Path]) -> set[str]:
+    """Distributions whose modules the files import."""
+    own = {"stts_molmo", "stts_kernels", "tools", *EXTRAS, *(path.stem for path in paths)}
+    modules = {module.partition(".")[0] for path in paths for _, module in imported_modules(path)} - {""}
+    distributions = packages_distributions()
+    return {
+        canonicalize_name(distributions.get(module, [module])[0])
+        for module in modules - own - OPTIONAL - set(sys.stdlib_module_names)
+    }
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def test_what_is_imported_is_declared(declared):
+    assert third_party_packages(PACKAGE_FILES) <= names(declared["install"])
+    for folder, extra in EXTRAS.items():
+        assert third_party_packages(python_files(folder)) <= names(declared["install"] + declared[extra]), folder
+
+
+def test_each_requirement_has_the_lower_bound_that_test_oldest_runs(declared):
+    for requirements in declared.values():
+        for requirement in requirements:
+            assert [bound for bound in requirement.specifier if bound.operator == ">="], requirement
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The front door
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_python(script: str) -> str:
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_types_and_loader_know_the_same_names():
+    (block,) = (node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    typed = {
+        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert typed == stts_molmo.MODULES
+    assert set(stts_molmo.__all__) == {*typed, "__version__"} == set(dir(stts_molmo))
+
+
+@pytest.mark.parametrize("name", stts_molmo.__all__)
+def test_public_names_resolve(name):
+    value = getattr(stts_molmo, name)
+    assert name == "__version__" or value.__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="STTSMolmo2"):
+        stts_molmo.STTSMolmo2  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "numpy", "av", "matplotlib", "huggingface_hub"}
+    assert run_python(f"import sys, stts_molmo; print({heavy} & set(sys.modules))").strip() == "set()"
+
+
+FROM_PRETRAINED = """
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoProcessor, AutoVideoProcessor
+for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+             AutoVideoProcessor):
+    kind = type(auto.from_pretrained({path!r}))
+    print(kind.__module__, kind.__name__)
+"""
+
+
+def test_the_installed_package_needs_no_trust_in_remote_code():
+    imports = "from stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoProcessor"
+    assert run_python(imports + FROM_PRETRAINED.format(path=str(TINY))).splitlines() == [
+        "stts_molmo.configuration_stts_molmo STTSMolmoConfig",
+        "stts_molmo.modeling_stts_molmo STTSMolmoModel",
+        "stts_molmo.modeling_stts_molmo STTSMolmoForConditionalGeneration",
+        "stts_molmo.modeling_stts_molmo STTSMolmoForConditionalGeneration",
+        "stts_molmo.processing_stts_molmo STTSMolmoProcessor",
+        "stts_molmo.processing_stts_molmo STTSMolmoVideoProcessor",
+    ]
