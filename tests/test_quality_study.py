@@ -1,23 +1,16 @@
 """The quality study: its tables follow from its results, and the bundled checkpoint still answers as it did."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+from benchmarks.common import RESULTS, ROOT, TINY
+from benchmarks.quality import tables
+from benchmarks.quality.batches import hits_by_kind
+from benchmarks.quality.evaluate import clip_batches, load
+from benchmarks.quality.study import COMPARED, NUM_FRAMES, ONCE
 
-import tables  # noqa: E402
-from batches import hits_by_kind  # noqa: E402
-from evaluate import clip_batches  # noqa: E402
-from study import COMPARED, NUM_FRAMES, ONCE, scaled_frames  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
-TINY = ROOT / "checkpoints" / "stts-molmo-tiny"
 SHIPPED = ("stts 50", 1)  # row and seed of the bundled checkpoint
 CLIPS = 16
 
@@ -29,10 +22,6 @@ def results():
 
 def run_of(results, row, seed):
     return next(run["hits"] for run in results["runs"] if (run["row"], run["seed"]) == (row, seed))
-
-
-def test_frames_of_test_time_scaling():
-    assert [scaled_frames(k) for k in (0.0, 0.3, 0.4, 0.5, 0.9)] == [8, 12, 14, 16, 80]
 
 
 def test_every_row_was_run(results):
@@ -72,8 +61,7 @@ def test_tables_shown_are_the_committed_ones(page):
 
 
 def test_bundled_checkpoint_answers_as_in_the_study(results):
-    model = AutoModelForImageTextToText.from_pretrained(TINY, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(TINY, trust_remote_code=True)
+    model, processor = load(TINY)
     batches = clip_batches(processor, CLIPS, beats=NUM_FRAMES, num_frames=NUM_FRAMES)
     hits = hits_by_kind(model, batches, processor.tokenizer.eos_token_id)
     accuracy = np.mean([hit for right in hits.values() for hit in right])

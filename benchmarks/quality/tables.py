@@ -1,6 +1,6 @@
 """Tables and curves of the quality study from its committed results, beside the paper's numbers.
 
-    python benchmarks/quality/tables.py benchmarks/results
+    python -m benchmarks.quality.tables benchmarks/results
 
 Reads quality_study.json and quality_kept.json of that folder; writes quality_tables.md and quality_ratios.png there.
 Intervals are 95 % bootstrap over clips and seeds.
@@ -47,10 +47,10 @@ def matrix_of(hits: dict[str, str]) -> np.ndarray:
     return np.array([[int(hit) for hit in right] for right in hits.values()])
 
 
-def resampled_mean(hits: np.ndarray, clips: np.ndarray, rng: np.random.Generator) -> float:
-    """Share of right answers (seeds, kinds, clips) over the chosen clips and seeds drawn anew."""
-    seeds = rng.integers(len(hits), size=len(hits))
-    return hits.mean(1)[np.ix_(seeds, clips)].mean()
+def resampled_mean(shares: np.ndarray, clips: np.ndarray, rng: np.random.Generator) -> float:
+    """Mean of the shares of right answers (seeds, clips) over the chosen clips and seeds drawn anew."""
+    seeds = rng.integers(len(shares), size=len(shares))
+    return shares[np.ix_(seeds, clips)].mean()
 
 
 class Study:
@@ -67,11 +67,12 @@ class Study:
     def interval(self, hits: np.ndarray, minus: np.ndarray | None = None) -> tuple[float, float, float]:
         """Mean and 95 % bootstrap interval in percent, of the difference to `minus` on the same clips when given."""
         rng, clips, draws = np.random.default_rng(0), hits.shape[-1], []
+        shares, minus_shares = hits.mean(1), None if minus is None else minus.mean(1)
         for _ in range(RESAMPLES):
             chosen = rng.integers(clips, size=clips)
-            draws.append(resampled_mean(hits, chosen, rng))
+            draws.append(resampled_mean(shares, chosen, rng))
             if minus is not None:
-                draws[-1] -= resampled_mean(minus, chosen, rng)
+                draws[-1] -= resampled_mean(minus_shares, chosen, rng)
         mean = hits.mean() - (0 if minus is None else minus.mean())
         return tuple(100 * value for value in (mean, *np.quantile(draws, (0.025, 0.975))))
 
