@@ -148,7 +148,7 @@ class STTSConfig(PreTrainedConfig):
             the LLM sees are the same.
         aux_target (`str`, defaults to `"pooled"`): what the auxiliary loss compares between neighbouring frames, a
             block's pooled feature (section 3.4) or its concatenated `"patches"` (authors' code). Pooled lost less
-            in our study (benchmarks/results/quality_tables.md).
+            in our study (docs/measurements.md).
         aux_loss_weight (`float`, defaults to 1.0): weight of the auxiliary loss; 0 is the paper's "no aux" row.
         scorer_hidden_size (`int`, *optional*): width of the scorer's two hidden layers; the ViT's
             `intermediate_size` when not given.

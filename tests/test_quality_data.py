@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
-
-import scenes  # noqa: E402
-from batches import sample_batch  # noqa: E402
-from kept import blocks_shown  # noqa: E402
-from render_clips import CLIPS, question_rows  # noqa: E402
-from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor  # noqa: E402
-from tiny import MULTIMODAL_TOKENS, VOCAB_SIZE, build_config, build_model, build_processor  # noqa: E402
+from benchmarks.common import ROOT, TINY
+from benchmarks.quality import scenes
+from benchmarks.quality.batches import sample_batch
+from benchmarks.quality.kept import blocks_shown
+from benchmarks.quality.render_clips import CLIPS, question_rows
+from benchmarks.quality.tiny import MULTIMODAL_TOKENS, VOCAB_SIZE, build_config, build_model, build_processor
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +154,7 @@ def test_every_question_word_is_one_token(processor):
 
 
 def test_checkpoint_has_this_tokenizer_and_template(processor):
-    from transformers import PreTrainedTokenizerFast
-
-    saved = PreTrainedTokenizerFast.from_pretrained(ROOT / "checkpoints" / "stts-molmo-tiny")
+    saved = PreTrainedTokenizerFast.from_pretrained(TINY)
     assert saved.get_vocab() == processor.tokenizer.get_vocab()
     assert saved.chat_template == processor.chat_template
     assert saved.padding_side == "left"
@@ -206,8 +203,7 @@ def test_bundled_clips_are_what_their_questions_say():
 def test_published_dataset_loads(tmp_path):
     folder = tmp_path / "board-clips"
     sizes = ("--train", "2", "--validation", "1", "--test", "1")
-    script = ROOT / "benchmarks" / "quality" / "publish_dataset.py"
-    subprocess.run([sys.executable, script, folder, *sizes], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.quality.publish_dataset", folder, *sizes], cwd=ROOT, check=True)
     dataset = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in dataset.items()} == {
         name: clips * len(scenes.QUESTIONS) for name, clips in (("train", 2), ("validation", 1), ("test", 1))

@@ -1,23 +1,16 @@
 """The quality study: its tables follow from its results, and the bundled checkpoint still answers as it did."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+from benchmarks.common import RESULTS, TINY
+from benchmarks.quality.batches import hits_by_kind
+from benchmarks.quality.evaluate import clip_batches, load
+from benchmarks.quality.study import COMPARED, NUM_FRAMES, ONCE
+from benchmarks.quality.tables import Study, table_by_kind
 
-import tables  # noqa: E402
-from batches import hits_by_kind  # noqa: E402
-from evaluate import clip_batches  # noqa: E402
-from study import COMPARED, NUM_FRAMES, ONCE, scaled_frames  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
-TINY = ROOT / "checkpoints" / "stts-molmo-tiny"
 SHIPPED = ("stts 50", 1)  # row and seed of the bundled checkpoint
 CLIPS = 16
 
@@ -31,10 +24,6 @@ def run_of(results, row, seed):
     return next(run["hits"] for run in results["runs"] if (run["row"], run["seed"]) == (row, seed))
 
 
-def test_frames_of_test_time_scaling():
-    assert [scaled_frames(k) for k in (0.0, 0.3, 0.4, 0.5, 0.9)] == [8, 12, 14, 16, 80]
-
-
 def test_every_row_was_run(results):
     done = {(run["row"], run["seed"]) for run in results["runs"]}
     assert done >= {(row, seed) for row in COMPARED for seed in (0, 1, 2)} | {(row, 0) for row in ONCE}
@@ -44,7 +33,7 @@ def test_intervals():
     def run(row, seed, hits):
         return {"row": row, "seed": seed, "hits": {"short": {"a": hits, "b": hits}, "long": {"a": hits, "b": hits}}}
 
-    study = tables.Study({"runs": [run("x", 0, "1100" * 25), run("x", 1, "1100" * 25), run("y", 0, "0100" * 25)]})
+    study = Study({"runs": [run("x", 0, "1100" * 25), run("x", 1, "1100" * 25), run("y", 0, "0100" * 25)]})
     mean, low, high = study.interval(study.hits("x", "short"))
     deviation = 100 * np.sqrt(0.25 / 100)
     assert (
@@ -57,23 +46,12 @@ def test_intervals():
     assert study.cells("z") == ["-"] * 3 and study.gap("x", "z") == "-"
 
 
-def test_committed_tables_are_those_of_the_results(results):
-    shares = json.loads((RESULTS / "quality_kept.json").read_text())["shares"]
-    assert (RESULTS / "quality_tables.md").read_text() == tables.all_tables(tables.Study(results), shares)
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", TINY / "README.md"], ids=["README", "card"])
-def test_tables_shown_are_the_committed_ones(page):
-    committed = (RESULTS / "quality_tables.md").read_text()
-    text = page.read_text(encoding="utf-8")
-    section = text[text.index("held-out clips") : text.find("**Speed, on a CPU**")]
-    shown = [line for line in section.splitlines() if line.startswith("| ")]
-    assert shown and all(line in committed for line in shown)
+def test_the_card_shows_the_table_of_the_results(results):
+    assert table_by_kind(Study(results)) in (TINY / "README.md").read_text(encoding="utf-8")
 
 
 def test_bundled_checkpoint_answers_as_in_the_study(results):
-    model = AutoModelForImageTextToText.from_pretrained(TINY, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(TINY, trust_remote_code=True)
+    model, processor = load(TINY)
     batches = clip_batches(processor, CLIPS, beats=NUM_FRAMES, num_frames=NUM_FRAMES)
     hits = hits_by_kind(model, batches, processor.tokenizer.eos_token_id)
     accuracy = np.mean([hit for right in hits.values() for hit in right])

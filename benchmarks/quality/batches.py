@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from scenes import FIRST_SEED, MIN_BEATS, Question, captions, make_scene, questions, render
 from transformers.video_utils import VideoMetadata
 
+from ..common import split_video
+from .scenes import FIRST_SEED, MIN_BEATS, Question, captions, make_scene, questions, render
+
 IGNORE = -100
-VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 BEATS = (0.5, 0.6, 0.8, 1.0)  # seconds
 TICKS_PER_SECOND = 100  # the grid on which frames are timed
 
@@ -102,10 +103,10 @@ def encode_clips(model, batch: dict, **pruning) -> dict:
     The batch with each clip's features, computed once for all of its rows, in the place of pixels: what `model` takes
     as keywords. `pruning` may hold `prune_ratio` and `method`.
     """
-    inputs = {name: value for name, value in batch.items() if name not in VIDEO_INPUTS}
-    if len(inputs) == len(batch):
+    videos, inputs = split_video(batch)
+    if not videos:
         return inputs
-    video = model.model.get_video_features(*(batch[name] for name in VIDEO_INPUTS), **pruning)
+    video = model.model.get_video_features(**videos, **pruning)
     copies = len(batch["input_ids"]) // len(batch["video_grids"])
     shared = {"pooler_output": tuple(features for features in video.pooler_output for _ in range(copies))}
     if getattr(video, "keep_mask", None) is not None:

@@ -1,26 +1,23 @@
 """Accuracy of a checkpoint on held-out clips by kind of question, each question asked on its own.
 
-    python benchmarks/quality/evaluate.py checkpoints/stts-molmo-tiny --prune-ratio 0.5 --output result.json
+    python -m benchmarks.quality.evaluate checkpoints/stts-molmo-tiny --prune-ratio 0.5 --output result.json
 
 A clip has `--beats` half-second beats and is shown as at most `--num-frames` frames: with fewer frames than beats it is
 a long clip, in which a short moment may fall between two frames.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from batches import accuracy, hits_by_kind, make_batch
-from scenes import FIRST_SEED, Question, make_scene, questions, render
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
+
+from ..common import provenance, torch_threads
+from .batches import accuracy, hits_by_kind, make_batch
+from .scenes import FIRST_SEED, Question, make_scene, questions, render
 
 
 def clip_batches(
@@ -40,20 +37,14 @@ def clip_batches(
         yield make_batch(processor, [render(scene, times)] if with_video else [], chats, times), chats
 
 
-def provenance() -> dict:
-    """When, where and with what a result was made."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread a process",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+def load(checkpoint: str) -> tuple:
+    """Model and processor of a checkpoint, with the code that it carries."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
 
 
-if __name__ == "__main__":
+@torch_threads(1)
+def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--prune-ratio", type=float, help="the checkpoint's own when not given")
@@ -64,11 +55,9 @@ if __name__ == "__main__":
     parser.add_argument("--beats", type=int, default=8)
     parser.add_argument("--num-frames", type=int, default=8)
     parser.add_argument("--output", type=Path, help="JSON file; standard output when not given")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = parser.parse_args(arguments)
     disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    model, processor = load(args.checkpoint)
     batches = clip_batches(processor, args.clips, args.beats, args.num_frames, args.split, args.level)
     pruning = {"prune_ratio": args.prune_ratio, "method": args.method}
     pruning = {name: value for name, value in pruning.items() if value is not None}
@@ -87,3 +76,7 @@ if __name__ == "__main__":
         args.output.write_text(text)
     else:
         print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

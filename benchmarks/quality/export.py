@@ -1,6 +1,6 @@
 """Puts a trained checkpoint where it ships: its weights and settings, with links to the code instead of copies.
 
-python benchmarks/quality/export.py runs/stts-50/best checkpoints/stts-molmo-tiny
+python -m benchmarks.quality.export runs/stts-50/best checkpoints/stts-molmo-tiny
 """
 
 import argparse

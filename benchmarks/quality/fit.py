@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batches import accuracy, hits_by_kind
+
+from .batches import accuracy, hits_by_kind
 
 
 def learning_rate_scale(step: int, total: int, warmup: int) -> float:

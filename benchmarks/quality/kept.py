@@ -1,6 +1,6 @@
 """What the pruners keep: the share of blocks that survive, by what a block shows.
 
-    python benchmarks/quality/kept.py checkpoints/stts-molmo-tiny --output benchmarks/results/quality_kept.json
+    python -m benchmarks.quality.kept checkpoints/stts-molmo-tiny --output benchmarks/results/quality_kept.json
 
 First frames, which lose nothing, are not counted. "new" blocks show something that was not there a frame earlier.
 """
@@ -8,15 +8,17 @@ First frames, which lose nothing, are not counted. "new" blocks show something t
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from batches import VIDEO_INPUTS, make_batch
-from evaluate import provenance
-from scenes import FIRST_SEED, Scene, make_scene, questions, render, things_at
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
+
+from ..common import provenance, split_video, torch_threads
+from .batches import make_batch
+from .evaluate import load
+from .scenes import FIRST_SEED, Scene, make_scene, questions, render, things_at
 
 METHODS = ("scorer", "cosine", "random")
 
@@ -47,24 +49,28 @@ def kept_shares(model, processor, clips: int, num_frames: int, method: str) -> d
         scene = make_scene(seed, beats=num_frames)
         times = np.arange(num_frames) * scene.beat
         batch = make_batch(processor, [render(scene, times)], [questions(scene)[:1]], times)
-        keep_mask = model.model.get_video_features(*(batch[name] for name in VIDEO_INPUTS), method=method).keep_mask
+        videos, _ = split_video(batch)
+        keep_mask = model.model.get_video_features(**videos, method=method).keep_mask
         for names, flags in list(zip(blocks_shown(scene, times), keep_mask.tolist(), strict=True))[1:]:
             for name, flag in zip(names, flags, strict=True):
                 kept[name].append(flag)
     return {name: {"kept": round(float(np.mean(kept[name])), 4), "blocks": len(kept[name])} for name in sorted(kept)}
 
 
-if __name__ == "__main__":
+@torch_threads(1)
+def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--num-frames", type=int, default=8)
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = parser.parse_args(arguments)
     disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    model, processor = load(args.checkpoint)
     shares = {method: kept_shares(model, processor, args.clips, args.num_frames, method) for method in METHODS}
     settings = {"checkpoint": Path(args.checkpoint).name, "clips": args.clips, "num_frames": args.num_frames}
     args.output.write_text(json.dumps({**provenance(), **settings, "shares": shares}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

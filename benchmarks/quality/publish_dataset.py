@@ -1,6 +1,6 @@
 """Writes the study's clips and questions as a folder that `datasets` loads and the Hub takes.
 
-    python benchmarks/quality/publish_dataset.py runs/board-clips --train 200 --validation 50 --test 100
+    python -m benchmarks.quality.publish_dataset runs/board-clips --train 200 --validation 50 --test 100
 
 Each split is a JSON Lines file of `{"video", "question", "answer", "kind"}` beside a folder of mp4 files. Clips of a
 split alternate between short ones of 8 beats and long ones of 16.
@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from scenes import FIRST_SEED, make_scene, questions, write_clip
+from .scenes import FIRST_SEED, make_scene, questions, write_clip
 
 BEATS = (8, 16)
 CARD = """---

@@ -1,13 +1,13 @@
 """Renders the bundled example clips and lists their questions, ready to fine-tune on.
 
-python benchmarks/quality/render_clips.py examples      # writes examples/clips/*.mp4 and examples/finetune.jsonl
+python -m benchmarks.quality.render_clips examples      # writes examples/clips/*.mp4 and examples/finetune.jsonl
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from scenes import FIRST_SEED, Scene, make_scene, questions, write_clip
+from .scenes import FIRST_SEED, Scene, make_scene, questions, write_clip
 
 CLIPS = {
     "quiet.mp4": make_scene(FIRST_SEED["demo"], level=1, beats=8),

@@ -1,6 +1,6 @@
 """The quality study: fine-tunes every row of the paper's ablations from one baseline and evaluates it.
 
-    python benchmarks/quality/study.py runs/baseline/best --runs runs/rows \\
+    python -m benchmarks.quality.study runs/baseline/best --runs runs/rows \\
         --output benchmarks/results/quality_study.json
 
 A row is a checkpoint converted by `convert_checkpoint` and trained with the model's own loss in the parameter groups
@@ -10,22 +10,24 @@ done again, so several processes can share the work, each with some of the `--ro
 
 import argparse
 import json
-import math
 import tempfile
-from decimal import Decimal
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from batches import held_out_batches, hits_by_kind, sample_batch
-from evaluate import clip_batches, provenance
-from fit import fit
-from scenes import FIRST_SEED
 from stts_molmo.configuration_stts_molmo import STTSConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.conversion import convert_checkpoint
 from stts_molmo.tools.training import parameter_groups
+from stts_molmo.video_stts_molmo import scaled_num_frames
 from transformers.utils.logging import disable_progress_bar
+
+from ..common import provenance, torch_threads
+from .batches import held_out_batches, hits_by_kind, sample_batch
+from .evaluate import clip_batches
+from .fit import fit
+from .scenes import FIRST_SEED
 
 NUM_FRAMES = 8  # of training, and of a short clip's beats
 LONG_BEATS = 16
@@ -50,17 +52,12 @@ ONCE = {
 }
 
 
-def scaled_frames(prune_ratio: float) -> int:
-    """Frames that cost as many tokens as `NUM_FRAMES` unpruned ones (section 5.3), in decimal arithmetic."""
-    return math.ceil(NUM_FRAMES / (1 - Decimal(str(prune_ratio))))
-
-
 def evaluate(model, processor, clips: int, row: str, prune_ratio: float) -> dict[str, dict[str, str]]:
     """Right ("1") or wrong of every question by kind, by evaluation: short and long clips and what the row adds."""
     short, long = (NUM_FRAMES, NUM_FRAMES), (LONG_BEATS, NUM_FRAMES)
     evaluations = {"short": (*short, {}), "long": (*long, {})}
     if row in ("stts 30", "stts 40", "stts 50"):
-        evaluations["long, more frames"] = (LONG_BEATS, scaled_frames(prune_ratio), {})
+        evaluations["long, more frames"] = (LONG_BEATS, scaled_num_frames(NUM_FRAMES, prune_ratio), {})
     if row == "unpruned":
         for method in ("cosine", "tome"):
             evaluations |= {
@@ -104,7 +101,8 @@ def train_row(baseline: str, row: str, seed: int, args: argparse.Namespace) -> d
     }
 
 
-if __name__ == "__main__":
+@torch_threads(1)
+def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("baseline")
     parser.add_argument("--runs", type=Path, required=True)
@@ -115,8 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8, help="clips a step")
     parser.add_argument("--rate-scale", type=float, default=30)
     parser.add_argument("--clips", type=int, default=128, help="test clips of each length")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = parser.parse_args(arguments)
     disable_progress_bar()
     jobs = [(row, seed) for seed in args.seeds for row in COMPARED] + [(row, args.seeds[0]) for row in ONCE]
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -127,3 +124,7 @@ if __name__ == "__main__":
     done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale", "clips")}
     args.output.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

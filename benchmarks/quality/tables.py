@@ -1,20 +1,8 @@
-"""Tables and curves of the quality study from its committed results, beside the paper's numbers.
+"""Tables of the quality study, beside the paper's numbers. Intervals are 95 % bootstrap over clips and seeds."""
 
-    python benchmarks/quality/tables.py benchmarks/results
-
-Reads quality_study.json and quality_kept.json of that folder; writes quality_tables.md and quality_ratios.png there.
-Intervals are 95 % bootstrap over clips and seeds.
-"""
-
-import argparse
-import json
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot as plt
+
+from ..common import markdown_table
 
 RESAMPLES = 2000
 # Of the paper, in percent: short, long, average.
@@ -39,6 +27,8 @@ PAPER = {
     "cosine untrained": (63.1, 55.1, 59.1),
     "tome untrained": (62.4, 55.9, 59.2),
 }
+SHOWN = {"unpruned": "no pruning", "stts 50": "STTS 50 %"}
+PAPER_HEADER = "the paper's: short / long / average"
 PAPER_LONG = {"stts 30 scaled": 60.1, "stts 40 scaled": 59.0, "stts 50 scaled": 59.4}
 
 
@@ -47,10 +37,10 @@ def matrix_of(hits: dict[str, str]) -> np.ndarray:
     return np.array([[int(hit) for hit in right] for right in hits.values()])
 
 
-def resampled_mean(hits: np.ndarray, clips: np.ndarray, rng: np.random.Generator) -> float:
-    """Share of right answers (seeds, kinds, clips) over the chosen clips and seeds drawn anew."""
-    seeds = rng.integers(len(hits), size=len(hits))
-    return hits.mean(1)[np.ix_(seeds, clips)].mean()
+def resampled_mean(shares: np.ndarray, clips: np.ndarray, rng: np.random.Generator) -> float:
+    """Mean of the shares of right answers (seeds, clips) over the chosen clips and seeds drawn anew."""
+    seeds = rng.integers(len(shares), size=len(shares))
+    return shares.take(seeds, axis=0).take(clips, axis=1).mean()
 
 
 class Study:
@@ -64,14 +54,22 @@ class Study:
         runs = [run["hits"][evaluation] for run in self.results["runs"] if run["row"] == row]
         return np.stack([matrix_of(hits) for hits in runs]) if runs else np.empty((0, 0, 0))
 
+    def mean(self, row: str, *evaluations: str) -> float:
+        """Right answers in percent."""
+        return 100 * float(np.mean([self.hits(row, evaluation).mean() for evaluation in evaluations]))
+
+    def seeds(self, row: str) -> list[int]:
+        return [run["seed"] for run in self.results["runs"] if run["row"] == row]
+
     def interval(self, hits: np.ndarray, minus: np.ndarray | None = None) -> tuple[float, float, float]:
         """Mean and 95 % bootstrap interval in percent, of the difference to `minus` on the same clips when given."""
         rng, clips, draws = np.random.default_rng(0), hits.shape[-1], []
+        shares, minus_shares = hits.mean(1), None if minus is None else minus.mean(1)
         for _ in range(RESAMPLES):
             chosen = rng.integers(clips, size=clips)
-            draws.append(resampled_mean(hits, chosen, rng))
+            draws.append(resampled_mean(shares, chosen, rng))
             if minus is not None:
-                draws[-1] -= resampled_mean(minus, chosen, rng)
+                draws[-1] -= resampled_mean(minus_shares, chosen, rng)
         mean = hits.mean() - (0 if minus is None else minus.mean())
         return tuple(100 * value for value in (mean, *np.quantile(draws, (0.025, 0.975))))
 
@@ -99,22 +97,29 @@ def paper_of(row: str) -> str:
     return " / ".join(str(value) for value in PAPER[row]) if row in PAPER else "-"
 
 
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
-    return f"**{title}**\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
-def accuracy_table(study: Study, title: str, rows: dict[str, str], against: str) -> str:
-    """A table of rows `{name shown: row}`, each beside the paper's and with its distance to the row `against`."""
-    header = ["", "short", "long", "average", f"difference from {against}", "paper: short / long / average"]
+def accuracy_table(study: Study, rows: dict[str, str], against: str, paper: bool = True) -> str:
+    """
+    A table of rows `{name shown: row}`, each with its distance to the row `against`, and beside the paper's when that
+    has such rows.
+    """
+    header = ["", "short", "long", "average", f"difference from {SHOWN[against]}", *[PAPER_HEADER] * paper]
     lines = [
-        [shown, *study.cells(row), "" if row == against else study.gap(row, against), paper_of(row)]
+        [shown, *study.cells(row), "" if row == against else study.gap(row, against), *[paper_of(row)] * paper]
         for shown, row in rows.items()
     ]
-    return table(title, header, lines)
+    return markdown_table(header, lines)
+
+
+def accuracy_summary(study: Study) -> str:
+    """Six rows, beside the average in the paper."""
+    rows = {"no pruning": "unpruned", **{f"STTS {k} %": f"stts {k}" for k in (30, 40, 50)}}
+    rows |= {f"{name} 50 %": f"{name} 50" for name in ("cosine", "random")}
+    header = ["right answers in %", "short clips", "long clips", "average", "the paper's average, Molmo2-4B"]
+    return markdown_table(header, [[shown, *study.cells(row), str(PAPER[row][2])] for shown, row in rows.items()])
 
 
 def table_by_kind(study: Study) -> str:
+    """Short / long, means over seeds."""
     rows = {"no pruning": "unpruned", "STTS 50 %": "stts 50", "cosine 50 %": "cosine 50", "random 50 %": "random 50"}
     kinds = next(run["hits"]["short"] for run in study.results["runs"] if run["row"] == "stts 50")
     lines = [
@@ -127,7 +132,7 @@ def table_by_kind(study: Study) -> str:
         ]
         for index, kind in enumerate(kinds)
     ]
-    return table("By kind of question: short / long, mean over seeds", ["", *rows], lines)
+    return markdown_table(["", *rows], lines)
 
 
 def table_of_kept(shares: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -135,10 +140,11 @@ def table_of_kept(shares: dict[str, dict[str, dict[str, float]]]) -> str:
         [name, str(share["blocks"]), *(f"{100 * shares[method][name]['kept']:.0f}" for method in shares)]
         for name, share in shares["scorer"].items()
     ]
-    return table("Kept of each 100 blocks, by what a block shows", ["", "blocks", *shares], lines)
+    return markdown_table(["kept of 100", "blocks", *shares], lines)
 
 
-def all_tables(study: Study, shares: dict) -> str:
+def all_tables(study: Study, shares: dict) -> dict[str, str]:
+    """Every table by name."""
     text_only = study.cells("unpruned", "short, text only", "long, text only")
     untrained = {
         name: study.cells("unpruned", f"short, {name} 50 untrained", f"long, {name} 50 untrained")
@@ -164,76 +170,38 @@ def all_tables(study: Study, shares: dict) -> str:
         gain = text_of(study.interval(more, minus=hits), "{:+.1f}") if more.size else "-"
         scaled.append([f"STTS {k} %", *cells, gain, f"{PAPER[row][1]} to {PAPER_LONG[f'{row} scaled']}"])
     layers = {f"layer {layer}": f"stts 50 layer {layer}" if layer != 1 else "stts 50" for layer in range(4)}
-    return "\n".join(
-        [
-            accuracy_table(study, "Table 1: STTS against no pruning", {"no pruning": "unpruned", **stts}, "unpruned"),
-            accuracy_table(
-                study,
-                "Table 2: pruners at 50 %",
-                {
-                    "random": "random 50",
-                    "cosine": "cosine 50",
-                    "STTS without auxiliary loss": "stts 50 without aux",
-                    "STTS": "stts 50",
-                },
-                "stts 50",
-            ),
-            table(
-                "Table 3: more frames at inference, long clips",
-                ["", "8 frames", "12, 14, 16 frames", "gain", "paper, 64 to 92, 107, 128 frames"],
-                scaled,
-            ),
-            table(
-                "Table 5: token merging and inference-only pruning at 50 %",
-                ["", "short", "long", "average", "paper: short / long / average"],
-                [
-                    *(
-                        [f"{name}, inference only", *cells, paper_of(f"{name} untrained")]
-                        for name, cells in untrained.items()
-                    ),
-                    ["tome, trained", *study.cells("tome 50"), paper_of("tome 50")],
-                    ["STTS", *study.cells("stts 50"), paper_of("stts 50")],
-                ],
-            ),
-            accuracy_table(study, "Table 8: from 50 to 90 %", by_ratio, "unpruned"),
-            table(
-                "Text only, the floor",
-                ["", "short", "long", "average", "paper: short / long / average"],
-                [["no video", *text_only, paper_of("text only")]],
-            ),
-            accuracy_table(study, "Figure 6: the layer after which tokens are scored, at 50 %", layers, "stts 50"),
-            accuracy_table(study, "Bias and auxiliary target, at 50 %", presets, "stts 50"),
-            table_by_kind(study),
-            table_of_kept(shares),
-        ]
-    )
-
-
-def draw_ratios(study: Study, path: Path) -> None:
-    """Accuracy from 50 to 90 %, STTS and random, over the text-only floor: the right half of the paper's Figure 1."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
-    for axis, length in zip(axes, ("short", "long"), strict=True):
-        for name, color in (("stts", "tab:purple"), ("random", "tab:gray")):
-            points = [(k, study.hits(f"{name} {k}", length)) for k in (50, 60, 70, 80, 90)]
-            points = [(k, *study.interval(hits)) for k, hits in points]
-            ratios, mean, low, high = (np.array(column) for column in zip(*points, strict=True))
-            axis.errorbar(ratios, mean, (mean - low, high - mean), label=name, color=color, capsize=3)
-        for label, row, evaluation, style in (
-            ("no pruning", "unpruned", length, "--"),
-            ("no video", "unpruned", f"{length}, text only", ":"),
-        ):
-            axis.axhline(study.interval(study.hits(row, evaluation))[0], label=label, color="black", linestyle=style)
-        axis.set(title=f"{length} clips", xlabel="pruned, %")
-    axes[0].set_ylabel("right answers, %")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="folder")
-    folder = parser.parse_args().results
-    study = Study(json.loads((folder / "quality_study.json").read_text()))
-    shares = json.loads((folder / "quality_kept.json").read_text())["shares"]
-    (folder / "quality_tables.md").write_text(all_tables(study, shares))
-    draw_ratios(study, folder / "quality_ratios.png")
+    return {
+        "unpruned": accuracy_table(study, {"no pruning": "unpruned", **stts}, "unpruned"),
+        "pruners": accuracy_table(
+            study,
+            {
+                "random": "random 50",
+                "cosine": "cosine 50",
+                "STTS without auxiliary loss": "stts 50 without aux",
+                "STTS": "stts 50",
+            },
+            "stts 50",
+        ),
+        "more_frames": markdown_table(
+            ["", "8 frames", "12, 14, 16 frames", "gain", "the paper's, 64 to 92, 107, 128 frames"], scaled
+        ),
+        "merging": markdown_table(
+            ["", "short", "long", "average", PAPER_HEADER],
+            [
+                *(
+                    [f"{name}, inference only", *cells, paper_of(f"{name} untrained")]
+                    for name, cells in untrained.items()
+                ),
+                ["tome, trained", *study.cells("tome 50"), paper_of("tome 50")],
+                ["STTS", *study.cells("stts 50"), paper_of("stts 50")],
+            ],
+        ),
+        "ratios": accuracy_table(study, by_ratio, "unpruned"),
+        "text_only": markdown_table(
+            ["", "short", "long", "average", PAPER_HEADER], [["no video", *text_only, paper_of("text only")]]
+        ),
+        "layers": accuracy_table(study, layers, "stts 50", paper=False),
+        "presets": accuracy_table(study, presets, "stts 50", paper=False),
+        "kinds": table_by_kind(study),
+        "kept": table_of_kept(shares),
+    }

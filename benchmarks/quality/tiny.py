@@ -1,13 +1,12 @@
 """The tiny Molmo2 of the quality study: tokenizer, chat template, processor, geometry and initial weights.
 
-python benchmarks/quality/tiny.py checkpoints/stts-molmo-tiny      # writes tokenizer and processor files
+python -m benchmarks.quality.tiny checkpoints/stts-molmo-tiny      # writes tokenizer and processor files
 """
 
 import argparse
 import math
 
 import torch
-from scenes import COLORS, COUNTS, LANES, PLACES, QUESTIONS, SHAPES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -18,6 +17,9 @@ from transformers import (
     Molmo2VideoProcessor,
     PreTrainedTokenizerFast,
 )
+
+from ..common import init_by_fan_in
+from .scenes import COLORS, COUNTS, LANES, PLACES, QUESTIONS, SHAPES
 
 VOCAB_SIZE = 512
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -214,9 +216,7 @@ def init_weights_by_fan_in(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            init_by_fan_in(module)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
     model.model.multi_modal_projector.image_projector.down_proj.weight.mul_(0.1)

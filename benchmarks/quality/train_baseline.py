@@ -1,6 +1,6 @@
 """Trains the tiny Molmo2 without pruning: the baseline that every row of the quality study starts from.
 
-    python benchmarks/quality/train_baseline.py --output runs/baseline
+    python -m benchmarks.quality.train_baseline --output runs/baseline
 
 The model first learns words from captions of single frames and of pairs, then answers about clips that grow along
 `CURRICULUM`. A clip's questions are one conversation, and the loss sees the answers only. The best weights by held-out
@@ -8,15 +8,18 @@ accuracy are in OUTPUT/best; a run that is started again goes on where it stoppe
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from batches import held_out_batches, sample_batch
-from fit import fit
-from scenes import FIRST_SEED
-from tiny import build_model, build_processor
 from transformers.utils.logging import disable_progress_bar
+
+from ..common import torch_threads
+from .batches import held_out_batches, sample_batch
+from .fit import fit
+from .scenes import FIRST_SEED
+from .tiny import build_model, build_processor
 
 
 class Stage(NamedTuple):
@@ -75,7 +78,7 @@ def build_optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch
     return [muon, torch.optim.AdamW(outer, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))]
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2600)
@@ -83,8 +86,7 @@ if __name__ == "__main__":
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parser.parse_args(arguments)
     disable_progress_bar()
     processor = build_processor()
     model = build_model(processor.tokenizer, args.seed)
@@ -96,12 +98,17 @@ if __name__ == "__main__":
         frames = stage.num_frames[step % len(stage.num_frames)]
         return sample_batch(processor, first_seed, size, stage.level, frames, stage.questions, stage.captions)[0]
 
-    fit(
-        model,
-        processor,
-        build_optimizers(model, args.learning_rate),
-        batch_at,
-        held_out_batches(processor),
-        args.output,
-        args.steps,
-    )
+    with torch_threads(args.threads):
+        fit(
+            model,
+            processor,
+            build_optimizers(model, args.learning_rate),
+            batch_at,
+            held_out_batches(processor),
+            args.output,
+            args.steps,
+        )
+
+
+if __name__ == "__main__":
+    main()

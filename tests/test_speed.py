@@ -1,28 +1,33 @@
-"""The throughput benchmark runs every row at small sizes, and counts operations as one does by hand."""
+"""The speed benchmark runs every row at small sizes, and counts operations as one does by hand."""
 
 import dataclasses
 import json
 import multiprocessing
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from stts_molmo.attention_stts_molmo import torch_attention_pool
+from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import throughput
-import throughput_tables
-from operation_count import Shape, attention, forward_operations, language_layer, vision_layer
-from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from benchmarks.common import torch_threads
+from benchmarks.speed.bench import VIT_STAGES
+from benchmarks.speed.measuring import CpuClock, WallClock, describe, ratios, take_turns
+from benchmarks.speed.memory import peak_rss
+from benchmarks.speed.models import build_models, call, encode, encode_training_step, make_inputs
+from benchmarks.speed.operations import Shape, attention, forward_operations, language_layer, vision_layer
+from benchmarks.speed.plot import plot
+from benchmarks.speed.pooling import sdpa_pool
+from benchmarks.speed.presets import HALF, NATIVE, PRESETS, ROWS, UNPRUNED
+from benchmarks.speed.run import SECTIONS, main, run
+from benchmarks.speed.tables import TABLES, all_tables, pooling_table, speed_over_native
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    path = tmp_path_factory.mktemp("throughput") / "dry.json"
-    sections = [name for name in throughput.SECTIONS if name != "memory"]  # that starts a process for each row
-    throughput.main(["--preset", "dry-run", "--output", str(path), "--sections", *sections])
+    path = tmp_path_factory.mktemp("speed") / "dry.json"
+    sections = [name for name in SECTIONS if name != "memory"]  # that starts a process for each row
+    main(["--preset", "dry-run", "--output", str(path), "--sections", *sections])
     assert path.with_suffix(".png").stat().st_size < 200_000
     return json.loads(path.read_text())
 
@@ -32,7 +37,7 @@ def test_every_section_has_its_rows(result):
     for record in result["records"]:
         assert "failure" not in record
         rows.setdefault(record["section"], set()).add(record.get("name"))
-    every = {row.name for row in throughput.ROWS}
+    every = {row.name for row in ROWS}
     assert rows["prefill"] == rows["training"] == every
     assert rows["vit forward"] == rows["vit training"] == every - {"post-ViT k=0.5"}
     assert rows["serving"] == rows["growth with frames"] == {"native", "k=0", "k=0.5"}
@@ -44,30 +49,21 @@ def test_every_section_has_its_rows(result):
     assert rows["pooling"] == {"SDPA", "torch"}
 
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-
-
-@pytest.mark.parametrize("name", ["throughput_cpu", "parity_cpu", "decoding_cpu", "pooling_cpu"])
-def test_tables_are_those_of_the_results_and_the_readme_shows_them(name):
-    tables = throughput_tables.all_tables(json.loads((RESULTS / f"{name}.json").read_text()))
-    assert (RESULTS / f"{name}.md").read_text() == tables
-    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert all(table in readme for table in tables.split("\n\n"))
-
-
 def test_a_table_for_every_section_that_is_no_plot(result):
-    tables = throughput_tables.all_tables(result)
-    rows = [line.split(" | ")[0] for line in tables.splitlines()]
+    tables = all_tables(result["records"])
+    assert set(tables) == set(TABLES) - {"memory"}
+    lines = [line for table in tables.values() for line in table.splitlines()]
+    rows = [line.split(" | ")[0] for line in lines]
     for label in ("| vision tower, 4 frames", "| training step, 8 frames", "| serving 2 x 2 frames", "| adapter"):
         assert label in rows
-    assert "| 5 of 60 frames | decode every frame |" in tables and "| k=0.5 |" in tables
+    assert any(line.startswith("| 5 of 60 frames | decode every frame |") for line in lines)
 
 
 def test_memory_of_a_training_step_is_that_of_its_own_process():
     ballast = torch.ones(1 << 28)  # a GiB, which the child must not report as its own
-    preset = dataclasses.replace(throughput.PRESETS["dry-run"], training=(Shape(1, 64, 64, 640),))
+    preset = dataclasses.replace(PRESETS["dry-run"], training=(Shape(1, 64, 64, 640),))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak = pool.apply(throughput.peak_rss, (preset, throughput.HALF))
+        peak = pool.apply(peak_rss, (preset, HALF))
     assert 0 < peak["bytes_before"] < peak["peak_bytes"] < ballast.nbytes
 
 
@@ -82,32 +78,33 @@ def test_results_say_where_they_come_from(result):
 
 @pytest.mark.parametrize("name", ["native", "eager"])
 def test_nothing_is_measured_when_logits_are_wrong(name, monkeypatch):
-    call = throughput.call
-
     def call_wrongly(models, row, inputs, **kwargs):
         outputs = call(models, row, inputs, **kwargs)
         is_eager = models.ours.config._attn_implementation == "eager"
-        if row is throughput.NATIVE if name == "native" else is_eager:
+        if row is NATIVE if name == "native" else is_eager:
             outputs.logits = outputs.logits.flip(-1)
         return outputs
 
-    monkeypatch.setattr(throughput, "call", call_wrongly)
+    monkeypatch.setattr("benchmarks.speed.run.call", call_wrongly)
     with pytest.raises(ValueError, match=f"'{name}'"):
-        next(throughput.run(throughput.PRESETS["dry-run"], ["vit"]))
+        next(run(PRESETS["dry-run"], ["vit"]))
 
 
-def test_what_was_measured_is_there_when_a_section_fails(tmp_path, monkeypatch):
+def test_what_was_measured_is_there_when_a_section_fails_and_so_are_the_threads(tmp_path, monkeypatch):
     def fail(bench):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(throughput.SECTIONS, "vit", fail)
-    path = tmp_path / "dry.json"
-    with pytest.raises(KeyboardInterrupt):
-        throughput.main(["--preset", "dry-run", "--sections", "pooling", "vit", "--output", str(path)])
+    monkeypatch.setitem(SECTIONS, "vit", fail)
+    path, num_threads = tmp_path / "dry.json", torch.get_num_threads()
+    with torch_threads(num_threads + 1):
+        with pytest.raises(KeyboardInterrupt):
+            main(["--preset", "dry-run", "--sections", "pooling", "vit", "--output", str(path)])
+        assert torch.get_num_threads() == num_threads + 1  # a run computes with one
+    assert torch.get_num_threads() == num_threads
     assert {record["section"] for record in json.loads(path.read_text())["records"]} == {"pooling"}
 
 
-@pytest.mark.parametrize("pool", [throughput.sdpa_pool, throughput.torch_attention_pool])
+@pytest.mark.parametrize("pool", [sdpa_pool, torch_attention_pool])
 def test_every_way_to_pool_gives_the_same(pool):
     query, key, value = torch.randn(4, 2, 8), torch.randn(4, 9, 2, 8), torch.randn(4, 9, 2, 8)
     weights = torch.einsum("bhd,bshd->bsh", query, key).mul(0.1).softmax(1)
@@ -126,18 +123,18 @@ def test_operations_of_an_attention_by_hand():
 
 @torch.no_grad()
 def test_operations_of_whole_frames_equal_what_torch_counts():
-    preset, shape = throughput.PRESETS["dry-run"], Shape(2, 4, 5, 8)
-    models = throughput.build_models(preset)
+    preset, shape = PRESETS["dry-run"], Shape(2, 4, 5, 8)
+    models = build_models(preset)
     models.native.set_attn_implementation("eager")  # the counter knows products, not every attention kernel
-    inputs = throughput.make_inputs(models.ours.config, shape, preset.device, preset.dtype)
+    inputs = make_inputs(models.ours.config, shape, preset.device, preset.dtype)
     with FlopCounterMode(display=False) as counter:
-        throughput.encode(models, throughput.NATIVE, inputs)
+        encode(models, NATIVE, inputs)
     needed = forward_operations(models.ours.config, shape, 0.0, "native")
-    assert counter.get_total_flops() == sum(needed[name] for name in throughput.VIT_STAGES)
+    assert counter.get_total_flops() == sum(needed[name] for name in VIT_STAGES)
 
 
 def test_pairs_of_the_language_model_equal_those_of_its_mask():
-    config, shape, num_read = STTSMolmoConfig(**throughput.PRESETS["dry-run"].config), Shape(1, 3, 5, 8), 2
+    config, shape, num_read = STTSMolmoConfig(**PRESETS["dry-run"].config), Shape(1, 3, 5, 8), 2
     kept = 3 * 4 - 6  # 4 tokens a frame, half of them dropped
     is_vision = torch.arange(kept + 8 + 5) < kept
     mask = torch.ones(len(is_vision), len(is_vision)).tril().bool() | (is_vision[:, None] & is_vision)
@@ -163,7 +160,7 @@ def test_limits_of_the_paper_settings_by_hand(videos, frames, delimiters):
         language = token * length + token_pair * (length**2 + vision_tokens**2) / 2
         return frames * (4.5 * full + 20.5 * late) + language  # layer 4: all keys, some queries
 
-    config = STTSMolmoConfig(**throughput.PRESETS["gpu"].config)
+    config = STTSMolmoConfig(**PRESETS["gpu"].config)
     shape = Shape(videos, frames, 2048, delimiters)
     whole, half = (sum(forward_operations(config, shape, k, "scorer").values()) for k in (0.0, 0.5))
     assert whole / half == pytest.approx(by_hand(1.0) / by_hand(0.5), rel=0.02)
@@ -174,17 +171,17 @@ def test_a_row_without_memory_is_reported_and_the_others_measured(tmp_path):
     def out_of_memory():
         raise torch.OutOfMemoryError("of 80 GB\nand a long explanation")
 
-    steps = {throughput.NATIVE: out_of_memory, throughput.UNPRUNED: lambda: None, throughput.HALF: lambda: None}
-    measurements = throughput.take_turns(steps, throughput.CpuClock, rounds=2)
-    assert [row for row, measurement in measurements.items() if measurement.failure] == [throughput.NATIVE]
-    config, operations = STTSMolmoConfig(**throughput.PRESETS["dry-run"].config), dict.fromkeys(steps, 1.0)
-    records = throughput.describe("growth with frames", config, Shape(1, 3, 5, 8), measurements, operations)
+    steps = {NATIVE: out_of_memory, UNPRUNED: lambda: None, HALF: lambda: None}
+    measurements = take_turns(steps, CpuClock, rounds=2)
+    assert [row for row, measurement in measurements.items() if measurement.failure] == [NATIVE]
+    config, operations = STTSMolmoConfig(**PRESETS["dry-run"].config), dict.fromkeys(steps, 1.0)
+    records = describe("growth with frames", config, Shape(1, 3, 5, 8), measurements, operations)
     assert records[0]["failure"] == "OutOfMemoryError: of 80 GB" and records[2]["speedup_over_native"] is None
     assert records[2]["speedup_over_k0"]["median"] >= 0
     result = {"preset": "gpu", "hardware": "none", "versions": {"torch": "none"}, "records": records}
-    throughput.plot(result, tmp_path / "plot.png")
+    plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
-    cells = [throughput_tables.speed_over_native(record) for record in records]
+    cells = [speed_over_native(record) for record in records]
     assert cells == ["failed", "", ""]
 
 
@@ -197,44 +194,44 @@ def test_a_row_that_fails_later_on_is_left_out_from_then_on():
             raise RuntimeError("CUDA error: invalid configuration argument")
 
     steps = {"fails": fail_once_warm, "works": lambda: None}
-    measurements = throughput.take_turns(steps, throughput.CpuClock, rounds=3)
+    measurements = take_turns(steps, CpuClock, rounds=3)
     assert len(calls) == 2 and measurements["fails"].times() == {
         "failure": "RuntimeError: CUDA error: invalid configuration argument"
     }
     assert len(measurements["works"].seconds) == 3
-    assert throughput.ratios(measurements["works"], measurements["fails"]) is None
+    assert ratios(measurements["works"], measurements["fails"]) is None
 
 
 def test_a_way_to_pool_that_fails_leaves_the_times_of_the_others():
     failed = {"section": "pooling", "name": "SDPA", "blocks": 7, "failure": "RuntimeError", "speedup_over_sdpa": None}
     timed = {"section": "pooling", "name": "torch", "blocks": 7, "seconds": {"median": 0.5}, "speedup_over_sdpa": None}
-    lines = throughput_tables.pooling_table([failed, timed]).splitlines()
+    lines = pooling_table([failed, timed]).splitlines()
     assert lines[2:] == ["| SDPA | failed |  |", "| torch | 500.0 |  |"]
 
 
 def test_rows_take_turns():
     order = []
     steps = {name: lambda name=name: order.append(name) for name in "ab"}
-    throughput.take_turns(steps, throughput.WallClock, rounds=3)
+    take_turns(steps, WallClock, rounds=3)
     assert "".join(order) == "ab" + "ba" + "ab" + "ba"
 
 
 def test_a_training_step_that_fails_leaves_no_gradient(monkeypatch):
-    models = throughput.build_models(throughput.PRESETS["dry-run"])
+    models = build_models(PRESETS["dry-run"])
 
     def fail(models, row, inputs):
         models.ours.lm_head.weight.grad = torch.ones_like(models.ours.lm_head.weight)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(throughput, "encode", fail)
+    monkeypatch.setattr("benchmarks.speed.models.encode", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        throughput.encode_training_step(models, throughput.NATIVE, {})
+        encode_training_step(models, NATIVE, {})
     assert models.native.lm_head.weight.grad is None
 
 
 def test_one_section_with_or_without_checkpointing(tmp_path):
     path = tmp_path / "dry.json"
-    throughput.main(["--preset", "dry-run", "--sections", "vit", "--no-gradient-checkpointing", "--output", str(path)])
+    main(["--preset", "dry-run", "--sections", "vit", "--no-gradient-checkpointing", "--output", str(path)])
     result = json.loads(path.read_text())
     assert {record["section"] for record in result["records"]} == {"vit forward", "vit training"}
     assert result["gradient_checkpointing"] is False

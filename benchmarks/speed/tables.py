@@ -1,20 +1,14 @@
-"""Tables of a throughput result, as Markdown.
+"""Tables of a result, as Markdown. Medians of the rounds; speeds are those of native Molmo2 = 1."""
 
-    python benchmarks/throughput_tables.py benchmarks/results/throughput_cpu.json
+from collections.abc import Callable, Iterable, Iterator
 
-Written beside the JSON, with the suffix .md. Medians of the rounds; speeds are those of native Molmo2 = 1.
-"""
-
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
+from ..common import markdown_table
 
 SPEED_ROWS = ("k=0", "k=0.3", "k=0.4", "k=0.5", "cosine k=0.5", "ToMe k=0.5", "post-ViT k=0.5")
 SPEED_SECTIONS = {
     "vit forward": "vision tower, {frames} frames",
     "vit training": "the same, forward and backward",
-    "prefill": "prefill, {frames} frames",
+    "prefill": "prefill, {frames} frames, {text} tokens of text",
     "training": "training step, {frames} frames",
     "serving": "serving {videos} x {frames} frames",
 }
@@ -35,11 +29,6 @@ STAGES = {
 }
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
 def by_name(records: list[dict], cell: Callable[[dict], str], names: tuple[str, ...]) -> list[str]:
     cells = {record["name"]: cell(record) for record in records}
     return [cells.get(name, "") for name in names]
@@ -52,16 +41,41 @@ def speed_over_native(record: dict) -> str:
     return "" if speed is None else f"{speed['median']:.2f}"
 
 
+def limit(record: dict) -> str:
+    """What the operations saved allow."""
+    return "" if "failure" in record else f"{record['limit']:.2f}"
+
+
+def by_shape(records: list[dict], sections: Iterable[str]) -> Iterator[tuple[str, list[dict]]]:
+    """A label for each of the sections and its shapes, and their records."""
+    for section in sections:
+        chosen = [record for record in records if record["section"] == section]
+        for shape in dict.fromkeys(map(shape_of, chosen)):
+            of_shape = [record for record in chosen if shape_of(record) == shape]
+            yield SPEED_SECTIONS[section].format(**of_shape[0]), of_shape
+
+
+def shape_of(record: dict) -> tuple[int, int, int]:
+    return record["videos"], record["frames"], record["text"]
+
+
 def speed_table(records: list[dict]) -> str:
     """Speed over native of every row; one line for each section and shape."""
-    rows = []
-    for section, label in SPEED_SECTIONS.items():
-        chosen = [record for record in records if record["section"] == section]
-        for videos, frames in dict.fromkeys((record["videos"], record["frames"]) for record in chosen):
-            of_shape = [record for record in chosen if (record["videos"], record["frames"]) == (videos, frames)]
-            cells = by_name(of_shape, speed_over_native, SPEED_ROWS)
-            rows.append([label.format(videos=videos, frames=frames), *cells])
-    return table(["speed, native = 1", *SPEED_ROWS], rows)
+    rows = [
+        [label, *by_name(of_shape, speed_over_native, SPEED_ROWS)]
+        for label, of_shape in by_shape(records, SPEED_SECTIONS)
+    ]
+    return markdown_table(["speed, native = 1", *SPEED_ROWS], rows)
+
+
+def speed_summary(records: list[dict]) -> str:
+    """Speed over native by ratio, beside what the operations saved allow at half of the tokens."""
+    names = ("k=0.3", "k=0.4", "k=0.5")
+    rows = [
+        [label, *by_name(of_shape, speed_over_native, names), *by_name(of_shape, limit, names[-1:])]
+        for label, of_shape in by_shape(records, ("vit forward", "prefill", "training"))
+    ]
+    return markdown_table(["speed, native = 1", "30 %", "40 %", "50 %", "operations allow at 50 %"], rows)
 
 
 def parity_table(records: list[dict]) -> str:
@@ -73,7 +87,7 @@ def parity_table(records: list[dict]) -> str:
                 ours = record["speedup_over_native"]
                 spread = f"{ours['min']:.2f} to {ours['max']:.2f}"
                 rows.append([label.format(**record), f"{ours['median']:.3f}", spread])
-    return table(["k = 0, native = 1", "median", "single rounds"], rows)
+    return markdown_table(["k = 0, native = 1", "median", "single rounds"], rows)
 
 
 def stage_table(records: list[dict]) -> str:
@@ -83,7 +97,7 @@ def stage_table(records: list[dict]) -> str:
     for stage, label in STAGES.items():
         of_stage = [record for record in chosen if record["stage"] == stage]
         rows.append([label, *by_name(of_stage, lambda record: f"{1000 * record['seconds']['median']:.0f}", names)])
-    return table([f"milliseconds, {chosen[0]['frames']} frames", *names], rows)
+    return markdown_table([f"milliseconds, {chosen[0]['frames']} frames", *names], rows)
 
 
 def memory_table(records: list[dict]) -> str:
@@ -94,7 +108,7 @@ def memory_table(records: list[dict]) -> str:
     for record in chosen:
         taken = record["peak_bytes"] - record["bytes_before"]
         rows.append([record["name"], f"{taken / 2**20:.0f}", f"{100 * taken / native:.0f} %"])
-    return table([f"memory of a training step, {chosen[0]['frames']} frames", "MiB", "of native"], rows)
+    return markdown_table([f"memory of a training step, {chosen[0]['frames']} frames", "MiB", "of native"], rows)
 
 
 def ask_table(records: list[dict]) -> str:
@@ -104,7 +118,7 @@ def ask_table(records: list[dict]) -> str:
         [record["name"], f"{1000 * record['seconds']['median']:.0f}", f"{record['speedup_over_k0']['median']:.3f}"]
         for record in chosen
     ]
-    return table(["`stts-molmo ask`, tiny model", "milliseconds", "speed, k = 0 is 1"], rows)
+    return markdown_table(["`stts-molmo ask`, tiny model", "milliseconds", "speed, k = 0 is 1"], rows)
 
 
 def pooling_table(records: list[dict]) -> str:
@@ -115,7 +129,7 @@ def pooling_table(records: list[dict]) -> str:
         speed = record["speedup_over_sdpa"]
         milliseconds = f"{1000 * record['seconds']['median']:.1f}" if "seconds" in record else "failed"
         rows.append([record["name"], milliseconds, f"{speed['median']:.2f}" if speed else ""])
-    return table([f"pooling {chosen[0]['blocks']} blocks", "milliseconds", "speed, SDPA is 1"], rows)
+    return markdown_table([f"pooling {chosen[0]['blocks']} blocks", "milliseconds", "speed, SDPA is 1"], rows)
 
 
 def clip_table(records: list[dict]) -> str:
@@ -133,32 +147,41 @@ def clip_table(records: list[dict]) -> str:
         for record in records
         if record["section"] == "clip"
     ]
-    return table(["640 x 360, 30 frames a second", "", "CPU ms", "wall ms", "frames of the file a second"], rows)
+    return markdown_table(
+        ["640 x 360, 30 frames a second", "", "CPU ms", "wall ms", "frames of the file a second"], rows
+    )
 
 
+def growth_table(records: list[dict]) -> str:
+    """Seconds of a prefill, and the speed at k = 0.5 beside what the operations saved allow."""
+    names = ("native", "k=0", "k=0.5")
+    chosen = [record for record in records if record["section"] == "growth with frames"]
+
+    def seconds(record: dict) -> str:
+        return "failed" if "failure" in record else f"{record['seconds']['median']:.1f}"
+
+    rows = []
+    for frames in dict.fromkeys(record["frames"] for record in chosen):
+        of_shape = [record for record in chosen if record["frames"] == frames]
+        speeds = by_name(of_shape, speed_over_native, names[-1:]) + by_name(of_shape, limit, names[-1:])
+        rows.append([str(frames), *by_name(of_shape, seconds, names), *speeds])
+    return markdown_table(["frames", *(f"{name}, s" for name in names), "speed, native = 1", "operations allow"], rows)
+
+
+# What draws a table, and the sections it draws.
 TABLES = {
-    "prefill": speed_table,
-    "parity prefill": parity_table,
-    "stages": stage_table,
-    "memory": memory_table,
-    "ask": ask_table,
-    "pooling": pooling_table,
-    "clip": clip_table,
+    "speed": (speed_table, SPEED_SECTIONS),
+    "parity": (parity_table, PARITY_SECTIONS),
+    "stages": (stage_table, ("stages",)),
+    "memory": (memory_table, ("memory",)),
+    "ask": (ask_table, ("ask",)),
+    "pooling": (pooling_table, ("pooling",)),
+    "growth": (growth_table, ("growth with frames",)),
+    "clip": (clip_table, ("clip",)),
 }
 
 
-def all_tables(result: dict) -> str:
-    """The tables of the sections that were measured."""
-    sections = {record["section"] for record in result["records"]}
-    return "\n".join(draw(result["records"]) for section, draw in TABLES.items() if section in sections)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="JSON of benchmarks/throughput.py")
-    path = parser.parse_args().result
-    path.with_suffix(".md").write_text(all_tables(json.loads(path.read_text())))
-
-
-if __name__ == "__main__":
-    main()
+def all_tables(records: list[dict]) -> dict[str, str]:
+    """The tables of the sections that were measured, by name."""
+    measured = {record["section"] for record in records}
+    return {name: draw(records) for name, (draw, sections) in TABLES.items() if measured & set(sections)}

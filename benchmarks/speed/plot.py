@@ -1,4 +1,4 @@
-"""The plot of a throughput result, from its JSON alone."""
+"""The plot of a result, from its JSON alone."""
 
 from pathlib import Path
 

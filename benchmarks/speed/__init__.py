@@ -1,0 +1,1 @@
+"""Speed and memory of STTS beside native Molmo2: `python -m benchmarks.speed`."""
