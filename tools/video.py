@@ -9,7 +9,9 @@ import torch
 from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
-from ..modeling_stts_molmo import VIDEO_INPUTS, STTSMolmoForConditionalGeneration, STTSMolmoVideoFeatures
+from ..generation_stts_molmo import VIDEO_INPUTS
+from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from ..outputs_stts_molmo import STTSMolmoVideoFeatures
 from ..processing_stts_molmo import STTSMolmoProcessor
 
 
