@@ -11,13 +11,14 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
 from transformers.processing_utils import Unpack
-from transformers.video_utils import VideoInput, VideoMetadata
+from transformers.video_utils import VideoInput, VideoMetadata, make_batched_metadata, make_batched_videos
 
 from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code
 from .video_stts_molmo import (
@@ -29,7 +30,14 @@ from .video_stts_molmo import (
     sample_frame_indices,
     sample_frame_times,
     scaled_num_frames,
+    take_sampled_frames,
     wrap_encoded_videos,
+)
+
+SAMPLING_OPTIONS = ("do_sample_frames", "num_frames", "fps", "max_fps", "test_time_scaling", "prune_ratio")
+TELL_THE_MODEL = (
+    "Pass it to the model: model.generate(**inputs, prune_ratio=..., method=...), in a pipeline generate_kwargs="
+    '{"prune_ratio": ..., "method": ...}, or for every call model.generation_config.prune_ratio = ...'
 )
 
 
@@ -38,7 +46,8 @@ class STTSMolmoVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
     test_time_scaling (`bool`, *optional*):
         Raise the cap on the number of frames to `ceil(num_frames / (1 - prune_ratio))`. Has no effect with `fps`.
     prune_ratio (`float`, *optional*):
-        Share `k` of tokens that the model drops, for `test_time_scaling`; the checkpoint's own when not given.
+        Share `k` of tokens that the model will drop, for `test_time_scaling` alone; the checkpoint's own when not
+        given. The model must be told too: no processor drops tokens.
     """
 
     test_time_scaling: bool | None
@@ -96,9 +105,49 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         return values
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]) -> BatchFeature:
-        if kwargs.get("fps") is not None:
-            kwargs.setdefault("num_frames", None)  # or the default cap would count as a contradiction
-        return super().preprocess(videos, **kwargs)
+        validate_typed_dict(self.valid_kwargs, kwargs)  # before files are decoded
+        scales = self.test_time_scaling if kwargs.get("test_time_scaling") is None else kwargs["test_time_scaling"]
+        if kwargs.get("prune_ratio") is not None and not scales:
+            raise ValueError(
+                f"prune_ratio={kwargs['prune_ratio']} has no effect in a processor without test_time_scaling=True: the "
+                f"model drops the tokens. {TELL_THE_MODEL}"
+            )
+        sampling = {name: kwargs.get(name) for name in SAMPLING_OPTIONS}
+        videos, metadata = self.sample_videos(videos, kwargs.get("video_metadata"), **sampling)
+        return super().preprocess(videos, **{**kwargs, "video_metadata": metadata, "do_sample_frames": False})
+
+    def sample_videos(
+        self, videos: VideoInput, video_metadata=None, do_sample_frames: bool | None = None, **options
+    ) -> tuple[list, list[VideoMetadata]]:
+        """
+        Read files, of videos or of single frames, and sample.
+
+        Args:
+            options: those of `sample_frames`.
+
+        Returns:
+            The frames of each video, `(num_samples, height, width, 3)` or `(num_samples, 3, height, width)`, and its
+            metadata, which say when each is shown. Passed on with `do_sample_frames=False`, they give the same inputs.
+
+        Raises:
+            FileNotFoundError, ValueError: see the class.
+        """
+        videos = make_batched_videos(wrap_encoded_videos(videos))
+        do_sample_frames = self.do_sample_frames if do_sample_frames is None else do_sample_frames
+        sample = partial(self.sample_frames, **options) if do_sample_frames else None
+        if isinstance(videos[0], str):
+            videos, video_metadata = self.fetch_videos(videos, sample_indices_fn=sample)
+        else:
+            if isinstance(videos[0], list):
+                images = self.fetch_images(videos)
+                videos = [torch.stack([self.process_image(image) for image in video]) for video in images]
+            video_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
+            if sample is not None:
+                pairs = zip(videos, video_metadata, strict=True)
+                videos = [take_sampled_frames(video, metadata, sample) for video, metadata in pairs]
+        for video, metadata in zip(videos, video_metadata, strict=True):
+            complete_metadata(metadata, len(video), self.max_fps)
+        return list(videos), list(video_metadata)
 
     def sample_frames(
         self,
@@ -121,6 +170,8 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         """
         if fps is not None and num_frames is not None:
             raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them.")
+        if fps is None and num_frames is None:
+            fps = self.fps
         if fps is None:
             fps = self.max_fps if max_fps is None else max_fps
             num_frames = self.num_frames if num_frames is None else num_frames
@@ -159,24 +210,12 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             video_url_or_urls = url2pathname(video_url_or_urls[len("file://") :])
         return read_video(video_url_or_urls, sample_indices_fn)
 
-    def _decode_and_sample_videos(self, videos: VideoInput, *args, **kwargs):
-        videos = wrap_encoded_videos(videos)
-        try:
-            videos, video_metadata = super()._decode_and_sample_videos(videos, *args, **kwargs)
-        except IndexError as error:
-            raise ValueError(
-                f"The frames passed are fewer than their metadata says ({error}). If they are sampled already, pass "
-                "do_sample_frames=False and their `frames_indices` in the metadata."
-            ) from error
-        for video, metadata in zip(videos, video_metadata, strict=True):
-            complete_metadata(metadata, len(video), self.max_fps)
-        return videos, video_metadata
-
-    def _build_video_patches(self, video: torch.Tensor, **kwargs):
+    def _preprocess(self, videos: list[torch.Tensor], return_tensors=None, **kwargs) -> BatchFeature:
         # Frame by frame: the float copy that the resize makes is then one frame, not the clip. Same values, faster.
-        build = super()._build_video_patches
-        grids, patches, pooling_indices = zip(*[build(frame, **kwargs) for frame in video.split(1)], strict=True)
-        return grids[0], torch.cat(patches), pooling_indices[0]
+        data = super()._preprocess([frame for video in videos for frame in video.split(1)], **kwargs)
+        _, rows, columns = data["video_grids"][0].tolist()
+        data["video_grids"] = torch.tensor([[len(video), rows, columns] for video in videos])
+        return BatchFeature(data, tensor_type=return_tensors)
 
 
 class STTSMolmoProcessor(Molmo2Processor):
@@ -188,14 +227,21 @@ class STTSMolmoProcessor(Molmo2Processor):
     """
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # AutoVideoProcessor would ask the user to trust the checkpoint's copy of this very file, and AutoTokenizer,
-        # for a model config that it does not need, that of the configuration.
-        return [
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        # Part by part: AutoVideoProcessor would ask the user to trust the checkpoint's copy of this very file, and
+        # AutoTokenizer, for a model config that it does not need, that of the configuration.
+        parts = [
             AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             STTSMolmoVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs),
         ]
+        values, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_args_and_dict(parts, values, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if "method" in kwargs:
+            raise ValueError(f"method={kwargs['method']!r} has no effect in a processor. {TELL_THE_MODEL}")
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if videos is not None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # its export for others: httpx or httpx2, whichever it depends on
 from PIL import Image
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor
 from transformers.utils import logging
@@ -181,6 +181,25 @@ def complete_metadata(metadata: VideoMetadata, num_frames: int, fps: float | Non
         )
     if getattr(metadata, "frame_times", None) is None:
         assume_frame_rate(metadata, fps)
+
+
+def take_sampled_frames(
+    video: np.ndarray | torch.Tensor, metadata: VideoMetadata, sample_indices_fn: Callable
+) -> np.ndarray | torch.Tensor:
+    """
+    The frames of `video` that `sample_indices_fn(metadata=metadata)` chooses, noted in `metadata.frames_indices`.
+
+    Raises:
+        ValueError: `video` has fewer frames than its metadata says.
+    """
+    metadata.frames_indices = sample_indices_fn(metadata=metadata)
+    try:
+        return video[metadata.frames_indices]
+    except IndexError as error:
+        raise ValueError(
+            f"The frames passed are fewer than their metadata says ({error}). If they are sampled already, pass "
+            "do_sample_frames=False and their `frames_indices` in the metadata."
+        ) from error
 
 
 def assume_frame_rate(metadata: VideoMetadata, fps: float | None) -> None:

@@ -1,5 +1,6 @@
 """The command line: answers, figures, JSON, and for every mistake one message, exit code 2 and no traceback."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -10,10 +11,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import stts_molmo.tools.checkpoint
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
+from stts_molmo.tools.answer import answer_question
+from stts_molmo.tools.checkpoint import Checkpoint, describe_scorer, load_model
 from stts_molmo.tools.cli import BUNDLED_CHECKPOINT, app
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from typer.testing import CliRunner
@@ -78,7 +83,13 @@ def test_ask_prints_answer_and_one_line_of_figures(clip):
     assert result.exit_code == 0, result.output
     *answer, figures = result.stdout.splitlines()
     assert answer
-    assert figures.startswith(f"{NUM_SAMPLES} frames, vision tokens 63 -> 32 (prune ratio 0.5), seconds: decode ")
+    assert figures.startswith(
+        f"{NUM_SAMPLES} frames, vision tokens 63 -> 32 (method scorer, prune ratio 0.5), seconds: load "
+    )
+
+
+def test_one_frame_is_no_frames(clip):
+    assert "\n1 frame, vision" in run("ask", clip, QUESTION, "--num-frames", 1).stdout
 
 
 def test_ask_json_is_one_object_in_a_fresh_process(clip):
@@ -86,11 +97,11 @@ def test_ask_json_is_one_object_in_a_fresh_process(clip):
     output = subprocess.run(command, capture_output=True, text=True, check=False, cwd=clip.parent)
     assert output.returncode == 0, output.stderr
     result = json.loads(output.stdout)
-    assert list(result) == ["answer", "frames", "prune_ratio", "vision_tokens", "seconds"]
+    assert list(result) == ["answer", "frames", "method", "prune_ratio", "vision_tokens", "seconds"]
     assert isinstance(result["answer"], str)
-    assert (result["frames"], result["prune_ratio"]) == (NUM_SAMPLES, 0.5)
+    assert (result["frames"], result["method"], result["prune_ratio"]) == (NUM_SAMPLES, "scorer", 0.5)
     assert result["vision_tokens"] == {"before": 63, "after": 32}  # 63 - floor(31.5)
-    assert list(result["seconds"]) == ["decode", "preprocess", "generate"]
+    assert list(result["seconds"]) == ["load", "decode", "preprocess", "encode", "generate"]
     assert all(value > 0 for value in result["seconds"].values())
 
 
@@ -117,7 +128,8 @@ def test_ask_resizes_frames_on_the_device_of_the_model(clip, monkeypatch):
         (["--prune-ratio", 0], 7, 0, 63),
         (["--prune-ratio", 0.8], 7, 0.8, 13),  # floor(50.4) of 63 go
         (["--method", "cosine"], 7, 0.5, 32),
-        (["--method", "none"], 7, 0.5, 63),
+        (["--method", "none"], 7, 0, 63),
+        (["--method", "none", "--num-frames", 3, "--test-time-scaling"], 3, 0, 27),  # nothing saved, nothing to spend
         (["--num-frames", 4], 4, 0.5, 18),
         (["--num-frames", 3, "--test-time-scaling"], 6, 0.5, 27),
         (["--num-frames", 4, "--test-time-scaling", "--prune-ratio", 0.2], 5, 0.2, 36),
@@ -142,6 +154,19 @@ def test_method_none_keeps_everything(clip, checkpoint):
     assert ask_json(clip, QUESTION, "--model", checkpoint)["vision_tokens"] == {"before": 63, "after": 63}
 
 
+def test_a_checkpoint_is_loaded_once_for_many_questions(clip, monkeypatch):
+    loads = []
+    monkeypatch.setattr(
+        stts_molmo.tools.checkpoint, "load_model", lambda *arguments: loads.append(0) or load_model(*arguments)
+    )
+    checkpoint = Checkpoint(str(BUNDLED_CHECKPOINT), device="cpu")
+    with pytest.raises(FileNotFoundError):
+        answer_question(checkpoint, "missing.mp4", QUESTION)
+    assert not loads  # what is wrong with a video is said before minutes of loading
+    answers = [answer_question(checkpoint, clip, QUESTION, max_new_tokens=2) for _ in range(2)]
+    assert len(loads) == 1 and answers[0].answer == answers[1].answer
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # convert and inspect
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,8 +179,28 @@ def test_convert_makes_a_checkpoint_that_answers(clip, molmo2, tmp_path):
     assert str(destination) in result.stdout
     stts_config = json.loads((destination / "config.json").read_text())["stts_config"]
     assert (stts_config["prune_ratio"], stts_config["prune_layer"], stts_config["aux_target"]) == (0.3, 1, "pooled")
-    result = ask_json(clip, QUESTION, "--model", destination)
+    result = ask_json(clip, QUESTION, "--model", destination, "--method", "cosine")
     assert result["vision_tokens"] == {"before": 63, "after": 45}  # 63 - floor(18.9)
+
+
+def test_an_untrained_scorer_is_said_to_be_one(clip, molmo2, tmp_path):
+    destination = tmp_path / "stts"
+    advice = "examples/finetune.py, or use --method cosine"
+    result = run("convert", molmo2, destination, "--prune-layer", 1)
+    assert "scorer is new and not trained" in result.stdout and advice in result.stdout
+    assert f"parameters, not trained. Train it with {advice}" in run("inspect", destination).stdout
+    assert "parameters, trained\n" in run("inspect", BUNDLED_CHECKPOINT).stdout
+    options = ["--model", destination]
+    assert_readable_error(run("ask", clip, QUESTION, *options), "not trained", advice, "--allow-untrained")
+    for mended in (["--allow-untrained"], ["--method", "cosine"], ["--prune-ratio", 0]):
+        assert ask_json(clip, QUESTION, *options, *mended)["frames"] == NUM_SAMPLES
+    result = run("visualize", clip, "-o", tmp_path / "kept.png", *options)
+    assert result.exit_code == 0 and "not trained" in result.stderr and advice in result.stderr
+
+
+def test_of_a_checkpoint_on_the_hub_it_is_not_told_whether_it_is_trained():
+    expected = "1,234 parameters; trained or not, that is seen in local files alone"
+    assert describe_scorer("somebody/molmo", 1234) == expected
 
 
 def test_inspect_describes_an_stts_checkpoint():
@@ -183,13 +228,27 @@ def test_inspect_of_a_config_without_a_dtype(checkpoint):
     assert result.exit_code == 0 and "(" not in result.stdout
 
 
-def test_inspect_loads_no_weights(checkpoint):
-    """Headers are enough: the data may even be cut off."""
-    (weights,) = checkpoint.glob("*.safetensors")
-    os.truncate(weights, weights.stat().st_size - 1000)
-    assert (
-        run("inspect", checkpoint).stdout.splitlines()[1:] == run("inspect", BUNDLED_CHECKPOINT).stdout.splitlines()[1:]
-    )
+def test_inspect_reads_the_biases_of_the_scorer_alone(molmo2, tmp_path, monkeypatch):
+    names = []
+
+    class Weights:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def get_tensor(self, name):
+            names.append(name)
+            return self.file.get_tensor(name)
+
+    run("convert", molmo2, tmp_path / "stts", "--prune-layer", 1)
+    monkeypatch.setattr(stts_molmo.tools.checkpoint, "safe_open", Weights)
+    assert "not trained" in run("inspect", tmp_path / "stts").stdout
+    assert len(names) == 7 and all("token_scorer." in name and name.endswith(".bias") for name in names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,7 +258,7 @@ def test_inspect_loads_no_weights(checkpoint):
 
 @pytest.mark.parametrize(("name", "other"), [("kept.PNG", "tome"), ("kept.mp4", "none")])
 def test_visualize_writes_a_picture_or_a_video(clip, tmp_path, name, other):
-    result = run("visualize", clip, "-o", tmp_path / name, "--compare", other, "--num-frames", 3)
+    result = run("visualize", clip, "-o", tmp_path / name, "--compare", other, "--num-frames", 3, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).stat().st_size > 1000
 
@@ -215,8 +274,13 @@ def test_visualize_refuses_an_output_that_would_lose_something(clip, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Help
+# Help and version
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, importlib.metadata.version("stts-molmo") + "\n")
 
 
 @pytest.mark.parametrize("command", ["ask", "visualize", "convert", "inspect"])
@@ -318,8 +382,14 @@ def test_the_method_reaches_the_model(clip, monkeypatch):
 
 
 @pytest.mark.parametrize("option", [["--device", "warp"], ["--device", "cuda:99"]], ids=str)
-def test_unusable_device(clip, option):
+def test_unusable_device(clip, option, tmp_path):
     assert_readable_error(run("ask", clip, QUESTION, *option), option[1], "cpu")
+    assert_readable_error(run("visualize", clip, "-o", tmp_path / "kept.png", *option), option[1], "cpu")
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_empty_question(clip, question):
+    assert_readable_error(run("ask", clip, question), "empty")
 
 
 @pytest.mark.parametrize("option", [["--dtype", "int3"], ["--num-frames", 0], ["--max-new-tokens", "x"]], ids=str)

@@ -8,7 +8,7 @@ from helpers import TINY, make_model
 from PIL import Image
 from stts_molmo.outputs_stts_molmo import STTSMolmoVideoFeatures
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.tools.visualization import TILE, draw_frames, save_mp4, save_png, unpatchify, visualize
+from stts_molmo.tools.visualization import GAP, TILE, draw_frames, save_mp4, save_png, unpatchify, visualize
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,10 @@ def test_pictures_and_videos(suffix, processor, tmp_path):
         save_mp4(images, path)
         with av.open(str(path)) as container:
             assert sum(1 for _ in container.decode(video=0)) == len(images) == 10
+
+
+@pytest.mark.parametrize(("num_frames", "columns", "rows"), [(3, 8, [3]), (9, 8, [5, 4]), (16, 8, [8, 8]), (1, 8, [1])])
+def test_rows_are_as_full_as_can_be(num_frames, columns, rows, processor):
+    images = visualize(make_model(), processor, clip(num_frames), ("none",), columns=columns)
+    assert [image.width for image in images] == [images[0].width] * len(rows)
+    assert images[0].width == rows[0] * (TILE + GAP) + GAP

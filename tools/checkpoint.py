@@ -1,19 +1,28 @@
-"""What a checkpoint is, told from its configuration and the headers of its weight files."""
+"""A checkpoint: what it is, told from its configuration and the headers of its weight files; and loaded, whole."""
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
+from huggingface_hub.utils import SafetensorsRepoMetadata
+from safetensors import SafetensorError, safe_open
 from transformers import Molmo2Config
 
 from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
+from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from ..processing_stts_molmo import STTSMolmoProcessor
 from ..pruning_stts_molmo import num_kept_tokens
 
 # What a Hub repository carries: all Python files at the root but `__init__.py` and `setup.py`.
 CODE_FILES = sorted(Path(__file__).parents[1].glob("*_stts_molmo.py"))
 FRAME_COUNTS = (16, 32, 64, 128, 256)
+
+# What to do about a scorer that was never trained.
+TRAIN_OR_COSINE = "Train it with examples/finetune.py, or use --method cosine, which needs no training."
 
 
 def read_config(checkpoint: str) -> Molmo2Config | STTSMolmoConfig:
@@ -55,19 +64,41 @@ def require_stts(checkpoint: str) -> STTSMolmoConfig:
     return config
 
 
-def read_tensor_shapes(checkpoint: str) -> dict[str, list[int]]:
+def read_metadata(checkpoint: str) -> SafetensorsRepoMetadata:
     """
-    Names and shapes of all tensors of a checkpoint, local or on the Hub, from the headers of its weight files.
+    The headers of the weight files of a checkpoint, local or on the Hub.
 
     Raises:
         ValueError: there are no readable safetensors files.
     """
     read = get_local_safetensors_metadata if Path(checkpoint).is_dir() else get_safetensors_metadata
     try:
-        metadata = read(checkpoint)
+        return read(checkpoint)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise ValueError(f"{checkpoint} has no weights in readable safetensors files: {error}") from error
-    return {name: info.shape for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
+
+
+def has_untrained_scorer(folder: str | Path) -> bool:
+    """
+    Whether the token scorer of a local checkpoint is as it was made: all its biases, and only they are read, are zero.
+
+    Raises:
+        ValueError: there are no readable safetensors files, or one that is damaged.
+    """
+    files = read_metadata(str(folder)).weight_map
+    biases = [name for name in files if "token_scorer." in name and name.endswith(".bias")]
+    try:
+        for name in biases:
+            with safe_open(Path(folder) / files[name], framework="pt") as file:
+                if file.get_tensor(name).any():
+                    return False
+    except SafetensorError as error:
+        raise damaged(folder, error) from error
+    return bool(biases)
+
+
+def damaged(checkpoint: str | Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{checkpoint} has damaged weights ({error}); fetch or convert it again.")
 
 
 def describe_checkpoint(checkpoint: str) -> dict[str, str]:
@@ -81,25 +112,100 @@ def describe_checkpoint(checkpoint: str) -> dict[str, str]:
     config = read_config(checkpoint)
     is_stts = config.model_type == "stts_molmo"
     vision, stts = config.vision_config, config.stts_config if is_stts else STTSConfig(method="none")
-    sizes = {name: math.prod(shape) for name, shape in read_tensor_shapes(checkpoint).items()}
-    scorer = sum(size for name, size in sizes.items() if "token_scorer." in name)
+    files = read_metadata(checkpoint).files_metadata.values()
+    sizes = {name: math.prod(tensor.shape) for file in files for name, tensor in file.tensors.items()}
     dtype = f" ({str(config.dtype).removeprefix('torch.')})" if config.dtype else ""
     lines = {
         "checkpoint": checkpoint,
         "kind": "STTS on Molmo2" if is_stts else f"plain Molmo2; for STTS: stts-molmo convert {checkpoint} DST",
         "parameters": f"{sum(sizes.values()):,}{dtype}",
-        "scorer": f"{scorer:,} parameters" if scorer else "none",
+        "scorer": describe_scorer(checkpoint, sum(size for name, size in sizes.items() if "token_scorer." in name)),
     }
+    pruning = stts.pruning()
     if is_stts:
         lines["method"] = f"{stts.method}, after ViT layer {stts.prune_layer} of {vision.num_hidden_layers}"
-        lines["prune ratio"] = f"{stts.prune_ratio:g}"
+        lines["prune ratio"] = f"{pruning.prune_ratio:g}"
     tokens_per_frame = math.prod(math.ceil(side // vision.patch_size / stts.pooling_size) for side in vision.image_size)
-    ratio = 0 if stts.method == "none" else stts.prune_ratio
     lines["frames"] = format_row(FRAME_COUNTS)
     lines["vision tokens"] = format_row(frames * tokens_per_frame for frames in FRAME_COUNTS)
-    lines["after pruning"] = format_row(num_kept_tokens(frames, tokens_per_frame, ratio) for frames in FRAME_COUNTS)
+    lines["after pruning"] = format_row(
+        num_kept_tokens(frames, tokens_per_frame, *pruning[1:]) for frames in FRAME_COUNTS
+    )
     return lines
+
+
+def describe_scorer(checkpoint: str, size: int) -> str:
+    if not size:
+        return "none"
+    if not Path(checkpoint).is_dir():
+        return f"{size:,} parameters; trained or not, that is seen in local files alone"
+    if has_untrained_scorer(checkpoint):
+        return f"{size:,} parameters, not trained. {TRAIN_OR_COSINE}"
+    return f"{size:,} parameters, trained"
 
 
 def format_row(numbers: Iterable[int]) -> str:
     return "".join(f"{number:>8}" for number in numbers)
+
+
+class Checkpoint:
+    """
+    An STTS checkpoint whose processor and model are loaded when they are first used, and once.
+
+    Args:
+        path: directory or Hub id.
+        device: as torch names it; `"auto"` is a GPU if there is one.
+        dtype: of the model's weights; `"auto"` is the checkpoint's own.
+
+    Raises:
+        OSError: there is no such checkpoint.
+        ValueError: it is not an STTS checkpoint, or there is no such device; when the model is loaded, also that its
+            weights are incomplete or damaged.
+    """
+
+    def __init__(self, path: str, device: str = "auto", dtype: str = "auto"):
+        self.path, self.dtype = path, dtype
+        self.config = require_stts(path)
+        self.device = find_device(device)
+
+    @cached_property
+    def processor(self) -> STTSMolmoProcessor:
+        return STTSMolmoProcessor.from_pretrained(self.path)
+
+    @cached_property
+    def model(self) -> STTSMolmoForConditionalGeneration:
+        return load_model(self.path, self.device, self.dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU if there is one. Raises a `ValueError` where it does not exist."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises one or the other, by build
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); use `cpu`, or leave it out.") from error
+
+
+def load_model(checkpoint: str, device: torch.device, dtype: str) -> STTSMolmoForConditionalGeneration:
+    """
+    Load a checkpoint for inference.
+
+    Raises:
+        ValueError: weights are missing or damaged; Transformers would warn and go on with random ones.
+    """
+    try:
+        model, report = STTSMolmoForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype, device_map=device, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise damaged(checkpoint, error) from error
+    bad = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    if bad:
+        what = "has no token scorer" if all("token_scorer" in name for name in bad) else "is incomplete"
+        raise ValueError(
+            f"{checkpoint} {what}: {len(bad)} tensors are missing or of another shape, {min(bad)} among them. "
+            "Make it anew with `stts-molmo convert`."
+        )
+    return model.eval()

@@ -1,5 +1,7 @@
 """Command line of stts-molmo: ask a question about a video, convert a checkpoint, look into one."""
 
+import dataclasses
+import importlib.metadata
 import json
 import shlex
 from collections.abc import Iterator
@@ -10,13 +12,12 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import DownloadColumn, Progress
 
-from .console import hide_progress_off_terminal, stderr
+from .console import hide_progress_off_terminal, spinner, stderr
 
 # torch and transformers are imported where they are used: `--help` answers at once.
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "stts-molmo-tiny"
 
 app = typer.Typer(
-    help="Ask questions about videos with Molmo2, with the redundant part of the video's tokens pruned (STTS).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,39 +35,75 @@ def readable_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextmanager
+def libraries() -> Iterator[None]:
+    """Around the imports of torch and transformers, which take seconds."""
+    with spinner("loading libraries"):
+        yield
+        hide_progress_off_terminal()
+
+
+# What `ask` and `visualize` share.
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="Directory or Hub id of an STTS checkpoint; `convert` makes one from any Molmo2.",
+        show_default="a tiny one, for trying things out",
+    ),
+]
+PruneRatio = Annotated[
+    float | None,
+    typer.Option(help="Share of the video's tokens to drop, in [0, 1); the checkpoint's own when not given."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="`scorer`, `cosine`, `random`, `tome` or `none`; the checkpoint's own when not given. `cosine` needs "
+        "no trained scorer."
+    ),
+]
+NumFrames = Annotated[
+    int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="`auto` is the checkpoint's own.")
+]
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("stts-molmo"))
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ask questions about videos with Molmo2, with the redundant part of the video's tokens pruned (STTS)."""
+
+
 @app.command()
 def ask(
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads.")],
+    video: Video,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Directory or Hub id of an STTS checkpoint; `convert` makes one from any Molmo2.",
-            show_default="a tiny one, for trying things out",
-        ),
-    ] = str(BUNDLED_CHECKPOINT),
-    prune_ratio: Annotated[
-        float | None,
-        typer.Option(help="Share of the video's tokens to drop, in [0, 1); the checkpoint's own when not given."),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="`scorer`, `cosine`, `random`, `tome` or `none`; the checkpoint's own when not given. `cosine` needs "
-            "no trained scorer."
-        ),
-    ] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
-    ] = None,
+    model: Model = str(BUNDLED_CHECKPOINT),
+    prune_ratio: PruneRatio = None,
+    method: Method = None,
+    num_frames: NumFrames = None,
     test_time_scaling: Annotated[
         bool, typer.Option("--test-time-scaling", help="Spend what pruning saves on more frames: n / (1 - ratio).")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="`auto` is the checkpoint's own.")
-    ] = "auto",
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Let a scorer choose that was never trained.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """
@@ -77,44 +114,45 @@ def ask(
         stts-molmo ask clip.mp4 "Which way does the ball move?" --model my/checkpoint --prune-ratio 0.3
     """
     with readable_errors():
-        from .answer import answer_question
-
-        hide_progress_off_terminal()
+        with libraries():
+            from .answer import answer_question
+            from .checkpoint import Checkpoint
         result = answer_question(
-            video, question, model, prune_ratio, method, num_frames, test_time_scaling, max_new_tokens, device, dtype
+            Checkpoint(model, device, dtype),
+            video,
+            question,
+            prune_ratio=prune_ratio,
+            method=method,
+            num_frames=num_frames,
+            test_time_scaling=test_time_scaling,
+            max_new_tokens=max_new_tokens,
+            allow_untrained=allow_untrained,
         )
     if model == str(BUNDLED_CHECKPOINT):
         typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
         return
-    tokens, seconds = result["vision_tokens"], result["seconds"]
-    typer.echo(result["answer"])
+    typer.echo(result.answer)
     typer.echo(
-        f"{result['frames']} frames, vision tokens {tokens['before']} -> {tokens['after']} "
-        f"(prune ratio {result['prune_ratio']:g}), seconds: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+        f"{result.frames} frame{'' if result.frames == 1 else 's'}, "
+        f"vision tokens {result.vision_tokens['before']} -> {result.vision_tokens['after']} "
+        f"(method {result.method}, prune ratio {result.prune_ratio:g}), seconds: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items())
     )
 
 
 @app.command()
 def visualize(
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads.")],
+    video: Video,
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture (.png) or video (.mp4) to write.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Directory or Hub id of an STTS checkpoint.", show_default="a tiny one, for trying things out"
-        ),
-    ] = str(BUNDLED_CHECKPOINT),
-    prune_ratio: Annotated[
-        float | None, typer.Option(help="Share of tokens to drop, in [0, 1); the checkpoint's own when not given.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="`scorer`, `cosine`, `random`, `tome` or `none`.")] = "scorer",
+    model: Model = str(BUNDLED_CHECKPOINT),
+    prune_ratio: PruneRatio = None,
+    method: Method = None,
     compare: Annotated[str | None, typer.Option(help="Another method, drawn below the first.")] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
-    ] = None,
+    num_frames: NumFrames = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """
     Draw what is kept of a video: dropped blocks dimmed, the scores as colours below.
@@ -122,7 +160,6 @@ def visualize(
         stts-molmo visualize clip.mp4 -o kept.png --compare cosine
     """
     with readable_errors():
-        hide_progress_off_terminal()
         is_picture = output.suffix.lower() == ".png"
         if not is_picture and output.suffix.lower() != ".mp4":
             raise ValueError(f"--output {output} must end in .png or .mp4.")
@@ -130,24 +167,17 @@ def visualize(
             raise ValueError(f"--output {output} is a directory or the video itself; name another file.")
         if not output.parent.is_dir():
             raise FileNotFoundError(f"There is no directory {output.parent} for --output {output}; make it first.")
-        from ..processing_stts_molmo import STTSMolmoProcessor
-        from .answer import find_device, load_model
-        from .checkpoint import require_stts
-        from .visualization import save_mp4, save_png
-        from .visualization import visualize as draw
+        with libraries():
+            from .checkpoint import TRAIN_OR_COSINE, Checkpoint
+            from .visualization import save_mp4, save_png
+            from .visualization import visualize as draw
 
-        require_stts(model)
-        processor = STTSMolmoProcessor.from_pretrained(model)
-        methods = (method,) if compare is None else (method, compare)
-        images = draw(
-            load_model(model, find_device("auto"), "auto"),
-            processor,
-            video,
-            methods,
-            prune_ratio,
-            num_frames,
-            columns=8 if is_picture else 1,
-        )
+        checkpoint = Checkpoint(model, device, dtype)
+        methods = [checkpoint.config.stts_config.pruning(prune_ratio, method).method, *([compare] if compare else [])]
+        if "scorer" in methods and checkpoint.model.has_untrained_scorer():
+            typer.echo(f"The token scorer of {model} is not trained: its choice is random. {TRAIN_OR_COSINE}", err=True)
+        columns = 8 if is_picture else 1
+        images = draw(checkpoint.model, checkpoint.processor, video, methods, prune_ratio, num_frames, columns)
         (save_png if is_picture else save_mp4)(images, output)
     typer.echo(f"Wrote {output}.")
 
@@ -181,12 +211,13 @@ def convert(
         stts-molmo convert allenai/Molmo2-4B molmo2-4b-stts --prune-ratio 0.3
     """
     with readable_errors():
-        from transformers.utils import logging
+        with libraries():
+            from transformers.utils import logging
 
-        from ..configuration_stts_molmo import STTSConfig
-        from .conversion import convert_checkpoint
+            from ..configuration_stts_molmo import STTSConfig
+            from .checkpoint import TRAIN_OR_COSINE, has_untrained_scorer
+            from .conversion import convert_checkpoint
 
-        hide_progress_off_terminal()
         logging.set_verbosity_error()  # that the source has no scorer is no news here
         given = {"prune_ratio": prune_ratio, "prune_layer": prune_layer}
         stts_config = {name: value for name, value in given.items() if value is not None}
@@ -205,6 +236,9 @@ def convert(
             convert_checkpoint(source, destination, stts_config, progress=show)
         finally:
             bar.stop()
+        is_untrained = has_untrained_scorer(destination)
+    if is_untrained:
+        typer.echo(f"Its token scorer is new and not trained. {TRAIN_OR_COSINE}")
     typer.echo(f"Wrote {destination}. Next: stts-molmo inspect {shlex.quote(str(destination))}")
 
 
@@ -220,9 +254,9 @@ def inspect(
         stts-molmo inspect molmo2-4b-stts
     """
     with readable_errors():
-        from .checkpoint import describe_checkpoint
+        with libraries():
+            from .checkpoint import describe_checkpoint
 
-        hide_progress_off_terminal()
         lines = describe_checkpoint(checkpoint)
     width = max(map(len, lines))
     for name, value in lines.items():

@@ -11,14 +11,27 @@ stderr = Console(stderr=True)
 
 
 @contextmanager
-def stage(description: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Show what is going on on stderr, and note the wall-clock time it took in `seconds[description]`."""
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Add the wall-clock time that it took to `seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def spinner(description: str) -> Iterator[None]:
+    """Show on stderr what is going on."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         progress.add_task(description)
-        start = time.perf_counter()
         yield
-        seconds[description] = time.perf_counter() - start
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """A spinner whose time counts. Not for loading: a checkpoint's files come with progress bars of their own."""
+    with spinner(name), timed(name, seconds):
+        yield
 
 
 def hide_progress_off_terminal() -> None:

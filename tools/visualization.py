@@ -1,6 +1,7 @@
 """What was kept, to look at: frames with dropped blocks dimmed above the scores that decided (Figures 1 and 7)."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoVideoFeatures
+from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from ..outputs_stts_molmo import STTSMolmoVideoFeatures
 from ..processing_stts_molmo import STTSMolmoProcessor
+from .video import encode_video, explained_out_of_memory, make_inputs, read_clip
 
 TILE = 162  # pixels of a drawn frame's side
 GAP = 6
@@ -22,7 +25,6 @@ DIMMED = 0.25  # brightness of a dropped block
 UNSCORED = 0.75  # grey
 
 
-@torch.no_grad()
 def visualize(
     model: STTSMolmoForConditionalGeneration,
     processor: STTSMolmoProcessor,
@@ -40,26 +42,24 @@ def visualize(
         methods: `"scorer"`, `"cosine"`, `"random"` or `"tome"` (which has no scores), drawn one above the other.
         prune_ratio: share of tokens to drop; the checkpoint's own when not given.
         num_frames: most frames to sample; the checkpoint's own when not given.
-        columns: frames in a row; each image holds one row of every method.
+        columns: most frames in a row; each image holds one row of every method.
 
     Returns:
-        One image for every `columns` frames.
+        One image for each row of frames.
 
     Raises:
         ValueError: `video` cannot be decoded, or a method or ratio is out of range.
     """
-    arguments = {} if num_frames is None else {"num_frames": num_frames}
-    inputs = processor.video_processor(video, return_tensors="pt", return_metadata=True, **arguments)
-    (metadata,) = inputs.pop("video_metadata")
+    clip = read_clip(processor, video, num_frames=num_frames)
+    inputs = make_inputs(processor, clip, "", model.device)
     grid = tuple(inputs["video_grids"][0, 1:].tolist())
-    patches = inputs["pixel_values_videos"]
+    patches = inputs["pixel_values_videos"].cpu()
     frames = unpatchify(patches, model.config.vision_config.patch_size, processor.video_processor)
-    inputs = inputs.to(model.device, dtype=model.dtype)
-    drawn = {
-        method: draw_frames(frames, model.get_video_features(**inputs, prune_ratio=prune_ratio, method=method), grid)
-        for method in methods
-    }
-    times = [f"{time:.1f} s" for time in metadata.timestamps]
+    with explained_out_of_memory(clip, model.device):
+        features = {name: encode_video(model, inputs, prune_ratio=prune_ratio, method=name) for name in methods}
+    drawn = {name: draw_frames(frames, kept, grid) for name, kept in features.items()}
+    columns = math.ceil(len(frames) / math.ceil(len(frames) / columns))  # as few white tiles as the rows allow
+    times = [f"{time:.1f} s" for time in clip.metadata.timestamps]
     return [
         compose({name: tiles[i : i + columns] for name, tiles in drawn.items()}, times[i : i + columns], columns)
         for i in range(0, len(frames), columns)
