@@ -44,7 +44,7 @@ from .attention_stts_molmo import (
     vision_causal_mask,
 )
 from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code, validate_layers
-from .generation_stts_molmo import PrunedGenerationMixin, check_media, check_option_names
+from .generation_stts_molmo import PRUNING_OPTIONS, PrunedGenerationMixin, check_media, check_option_names
 from .outputs_stts_molmo import (
     PruningOutput,
     STTSMolmoCausalLMOutputWithPast,
@@ -611,16 +611,18 @@ class STTSMolmoModel(Molmo2Model):
     ) -> tuple[dict[str, torch.Tensor | None], Compaction]:
         """Leave the placeholders of dropped tokens out of the aligned tensors."""
         placeholders = self.find_placeholders(inputs["input_ids"], inputs["inputs_embeds"])
-        attention_mask, num_cached = inputs["attention_mask"], 0
-        if attention_mask is not None and attention_mask.ndim == 2 and past_key_values is not None:
-            num_cached = attention_mask.shape[1] - placeholders.shape[1]
-        if num_cached:
-            inputs = inputs | {"attention_mask": attention_mask[:, num_cached:]}
+        # Behind a text in the cache two of them begin with that text: Transformers reads them from position 0.
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cached = {}
+        for name in ("attention_mask", "mm_token_type_ids") if num_cached else ():
+            value = inputs[name]
+            if value is not None and value.ndim == 2:
+                is_whole = value.shape[1] > placeholders.shape[1]
+                cached[name] = value[:, :num_cached] if is_whole else value.new_zeros(len(value), num_cached)
+                inputs = inputs | {name: value[:, -placeholders.shape[1] :]}
         compaction = plan_compaction(placeholders, video.keep_mask, inputs["attention_mask"])
         inputs = compact_inputs(inputs, compaction, self.pad_token_id)
-        if num_cached:
-            inputs["attention_mask"] = torch.cat([attention_mask[:, :num_cached], inputs["attention_mask"]], dim=1)
-        return inputs, compaction
+        return inputs | {n: torch.cat([value, inputs[n]], dim=1) for n, value in cached.items()}, compaction
 
     @property
     def pad_token_id(self) -> int:
@@ -711,6 +713,8 @@ class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditio
         Args:
             save_original_format: write the original checkpoints' names; `from_pretrained` reads both.
         """
+        if any(getattr(self.generation_config, name, None) is not None for name in PRUNING_OPTIONS):
+            self.generation_config._from_model_config = False  # of one made from the model's, loading keeps no options
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @can_return_tuple

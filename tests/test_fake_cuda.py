@@ -3,14 +3,22 @@ The CUDA path without a GPU: fake tensors have a device, a dtype and a shape but
 asked for. Between the pixels and the LLM's tokens nothing waits for the device, and it is one graph.
 """
 
+import contextlib
+
 import pytest
 import torch
 from helpers import layout_of, make_model, video_tensors
 from stts_molmo import attention_stts_molmo
-from stts_molmo.attention_stts_molmo import VisionCausalAttention, varlen_attention
+from stts_molmo.attention_stts_molmo import (
+    VisionCausalAttention,
+    are_flash_operators_known,
+    has_flash_kernel,
+    varlen_attention,
+)
 from stts_molmo.modeling_stts_molmo import add_auxiliary_loss
 from stts_molmo.pruning_stts_molmo import VideoLayout
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 varlen = pytest.importorskip("torch.nn.attention.varlen")
 
@@ -130,3 +138,29 @@ def test_attention_without_a_mask_gives_torchs_kernels_what_they_take(num_vision
         gradients = VisionCausalAttention.backward.__wrapped__(ctx, output)[:3]
     for tensor in (output, *gradients):
         assert (tensor.shape, tensor.dtype, tensor.device) == (query.shape, query.dtype, query.device)
+
+
+@pytest.mark.parametrize("reason", ["Turing", "flash is off", "only plain kernels"])
+def test_half_precision_without_flash_goes_frame_by_frame(reason, monkeypatch):
+    if reason == "Turing":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    elif reason == "flash is off":
+        monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    monkeypatch.setattr(attention_stts_molmo, "varlen_attn", pytest.fail)
+    states = torch.randn(5, 2, 8, dtype=torch.float16)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with sdpa_kernel(SDPBackend.MATH) if reason == "only plain kernels" else contextlib.nullcontext():
+        outputs = varlen_attention(states, states, states, offsets, offsets, 3)
+    assert outputs.shape == states.shape
+
+
+def test_other_operators_than_the_known_ones_mean_a_dense_mask(monkeypatch):
+    states = torch.empty(1)
+    assert has_flash_kernel(states, 8)
+    monkeypatch.setitem(
+        attention_stts_molmo.FLASH_ARGUMENTS, "_scaled_dot_product_flash_attention_for_cpu", "query key value"
+    )
+    are_flash_operators_known.cache_clear()
+    assert not has_flash_kernel(states, 8)
+    are_flash_operators_known.cache_clear()

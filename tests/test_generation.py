@@ -387,3 +387,13 @@ def test_compiled_decoding_does_not_ask_a_used_cache_for_its_length():
         backend="eager",
     )
     assert torch.equal(compiled(mask), mask)
+
+
+def test_inputs_that_no_video_goes_with_are_refused():
+    model, inputs = make_model(), make_inputs([4])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="needs input_ids, and takes no inputs_embeds"):
+        model.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+    inputs["attention_mask"][0, 5:7] = 0
+    with pytest.raises(ValueError, match="attention_mask hides 2 <im_patch> placeholders"):
+        model.generate(**inputs, **GREEDY)

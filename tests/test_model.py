@@ -349,3 +349,46 @@ def test_flash_attention_that_would_turn_vision_causal_is_refused():
     model.config.text_config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'text_config': 'sdpa'"):
         model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [[4], [4, 6]], ids=str)
+def test_decoding_by_hand_without_a_mask(batch):
+    """Positions of the full prompt, as natively; rows of different lengths have no padding of the caller's."""
+    model, inputs = make_model(), make_inputs(batch)
+    if len(batch) > 1:
+        inputs = make_inputs([5, 5]) | video_tensors([5, 5], seed=3)
+    del inputs["attention_mask"]
+    length = inputs["input_ids"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, length:]
+    outputs = model(**inputs, use_cache=True)
+    for step in range(4):
+        token = outputs.logits[:, -1].argmax(-1, keepdim=True)
+        assert torch.equal(token[:, 0], generated[:, step])
+        position_ids = torch.full((len(token), 1), length + step)
+        outputs = model(input_ids=token, position_ids=position_ids, past_key_values=outputs.past_key_values)
+
+
+@torch.no_grad()
+def test_a_video_after_a_text_in_the_cache():
+    model, inputs = make_model(), make_inputs([4, 6])
+    prefix = torch.randint(10, 40, (2, 5))
+    whole = inputs | {
+        "input_ids": torch.cat([prefix, inputs["input_ids"]], dim=1),
+        "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (5, 0)),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (5, 0), value=1),
+    }
+    # Padding stands between text and video: natively it is no different.
+    expected = model(**whole)
+    cache = model(input_ids=prefix, use_cache=True).past_key_values
+    outputs = model(**inputs | {"attention_mask": whole["attention_mask"]}, past_key_values=cache)
+    torch.testing.assert_close(outputs.logits[:, -4:], expected.logits[:, -4:], atol=1e-5, rtol=1e-5)
+    token = torch.full((2, 1), 11)
+    mask = torch.nn.functional.pad(whole["attention_mask"], (0, 1), value=1)
+    after = model(input_ids=token, attention_mask=mask, past_key_values=outputs.past_key_values)
+    longer = whole | {
+        "input_ids": torch.cat([whole["input_ids"], token], dim=1),
+        "mm_token_type_ids": torch.nn.functional.pad(whole["mm_token_type_ids"], (0, 1)),
+        "attention_mask": mask,
+    }
+    torch.testing.assert_close(after.logits[:, -1], model(**longer).logits[:, -1], atol=1e-5, rtol=1e-5)
