@@ -10,6 +10,7 @@ TRAIN = ["datasets>=4.7"]
 TEST = [
     *TRAIN,
     "hypothesis>=6.100",
+    "jinja2>=3.1.0",
     "packaging>=24",
     "pyright[nodejs]>=1.1.400,<=1.1.414",
     "pytest>=8.4",

@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 from stts_molmo.tools.answer import answer_question
+from stts_molmo.tools.checkpoint import Checkpoint
 
 from ..common import ROOT, TINY
 from .bench import Bench
@@ -29,15 +30,6 @@ def measure_ask(bench: Bench) -> list[dict]:
 
 
 def ask_once(prune_ratio: float, device: str):
-    answer_question(
-        video=str(ROOT / "examples/clips/busy.mp4"),
-        question="What color is the still shape?",
-        checkpoint=str(TINY),
-        prune_ratio=prune_ratio,
-        method=None,
-        num_frames=None,
-        test_time_scaling=False,
-        max_new_tokens=8,
-        device=device,
-        dtype="auto",
-    )
+    checkpoint = Checkpoint(str(TINY), device)
+    clip = str(ROOT / "examples/clips/busy.mp4")
+    answer_question(checkpoint, clip, "What color is the still shape?", prune_ratio=prune_ratio, max_new_tokens=8)
