@@ -507,7 +507,8 @@ class STTSMolmoModel(Molmo2Model):
             raise ValueError(
                 f"video_grids={grids} announces {expected[0]} frames and {expected[1]} pooled tokens, but "
                 f"pixel_values_videos has {pixel_values_videos.shape[0]} frames and video_token_pooling "
-                f"{video_token_pooling.shape[0]} rows; pass what one call of the processor returned."
+                f"{video_token_pooling.shape[0]} rows; pass what one call of the processor returned. In a "
+                "pipeline leave batch_size out and pass a list of chats, which it answers one by one."
             )
         pooling_size = self.config.stts_config.pooling_size
         if video_token_pooling.shape[1] != pooling_size**2:

@@ -239,8 +239,9 @@ class STTSMolmoProcessor(Molmo2Processor):
         return cls.from_args_and_dict(parts, values, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        if "method" in kwargs:
-            raise ValueError(f"method={kwargs['method']!r} has no effect in a processor. {TELL_THE_MODEL}")
+        for name in ("method", "max_vision_tokens"):
+            if name in kwargs:
+                raise ValueError(f"{name}={kwargs[name]!r} has no effect in a processor. {TELL_THE_MODEL}")
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):

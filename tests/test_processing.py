@@ -183,6 +183,22 @@ def test_sampling_on_its_own_follows_the_attributes():
     assert len(video_processor.sample_frames(metadata, max_fps=5)) == 16
 
 
+def test_a_rate_of_the_processors_own_gives_way_to_a_number():
+    video_processor = STTSMolmoVideoProcessor(fps=1)
+    assert num_sampled(video_processor, 101, 10.0) == 11
+    assert num_sampled(video_processor, 101, 10.0, num_frames=8) == 8
+
+
+@pytest.mark.parametrize("kwargs", [{"prune_ratio": 0.9}, {"prune_ratio": 3}, {"method": "cosine"}], ids=str)
+def test_what_only_the_model_can_do_is_refused(processor, clip, kwargs):
+    (given,) = (f"{name}={value!r}" for name, value in kwargs.items())
+    with pytest.raises(ValueError, match=f"{given} has no effect in a processor.*generate_kwargs=.*generation_config"):
+        processor(text="<|video|>", videos=clip, **kwargs)
+    if "prune_ratio" in kwargs:
+        with pytest.raises(ValueError, match=f"{given} has no effect in a processor without test_time_scaling"):
+            processor.video_processor(clip, **kwargs)
+
+
 def test_rate_and_number_exclude_each_other(processor):
     with pytest.raises(ValueError, match="num_frames=8 and fps=1 exclude each other"):
         num_sampled(processor.video_processor, 101, 10.0, fps=1, num_frames=8)
@@ -231,6 +247,43 @@ def test_pixels_are_those_of_the_native_processor(size, kind):
         videos = [video.float() + 0.25 for video in videos]
     kwargs = {"do_sample_frames": False, "return_tensors": "pt"}
     assert_equal(ours(videos, **kwargs), native(videos, **kwargs))
+
+
+def test_pixels_stay_the_same_where_transformers_changes_what_it_calls(clip, monkeypatch):
+    """The one step of the native processor's that we override, for memory's sake, may disappear."""
+    video_processor = STTSMolmoVideoProcessor()
+    inputs = video_processor([clip, clip], num_frames=6, return_tensors="pt")
+    monkeypatch.delattr(STTSMolmoVideoProcessor, "_preprocess")
+    assert_equal(video_processor([clip, clip], num_frames=6, return_tensors="pt"), inputs)
+
+
+def test_frames_are_resized_one_by_one(monkeypatch):
+    counts, resize = [], STTSMolmoVideoProcessor.resize
+
+    def count(self, images, *args, **kwargs):
+        counts.append(len(images))
+        return resize(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(STTSMolmoVideoProcessor, "resize", count)
+    STTSMolmoVideoProcessor()([frames(3), frames(2)], do_sample_frames=False)
+    assert counts == [1] * 5
+
+
+def test_the_native_processor_is_given_frames_alone(clip, monkeypatch):
+    """So it does not matter how Transformers decodes and samples."""
+    calls, preprocess = [], Molmo2VideoProcessor.preprocess
+
+    def note(self, videos, **kwargs):
+        calls.append((videos, kwargs["do_sample_frames"], kwargs["video_metadata"]))
+        return preprocess(self, videos, **kwargs)
+
+    monkeypatch.setattr(Molmo2VideoProcessor, "preprocess", note)
+    video_processor = STTSMolmoVideoProcessor(num_frames=4)
+    for video in (clip, Path(clip), Path(clip).read_bytes(), frames(10)):
+        video_processor(video)
+    for (video,), samples, (metadata,) in calls:
+        assert video.shape[0] == len(metadata.frames_indices) == 4 and not samples
+    assert len(calls) == 4
 
 
 def test_a_file_gives_the_pixels_of_its_frames(processor, clip):
@@ -442,10 +495,9 @@ def test_list_of_frame_files(processor, tmp_path):
 
 def test_decoding_first_and_processing_later_is_the_same(processor, clip):
     """What the command line does, to time the two."""
-    sample = partial(processor.video_processor.sample_frames, num_frames=6)
-    video, metadata = processor.video_processor.fetch_videos(clip, sample_indices_fn=sample)
+    videos, metadata = processor.video_processor.sample_videos(clip, num_frames=6)
     kwargs = {"text": "<|video|>", "return_tensors": "pt"}
-    later = processor(videos=[video], video_metadata=[metadata], do_sample_frames=False, **kwargs)
+    later = processor(videos=videos, video_metadata=metadata, do_sample_frames=False, **kwargs)
     assert_equal(later, processor(videos=clip, num_frames=6, **kwargs))
 
 
