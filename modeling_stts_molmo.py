@@ -476,6 +476,7 @@ class STTSMolmoModel(Molmo2Model):
         layout = self._video_layout(pixel_values_videos, video_token_pooling, video_grids)
         num_kept = layout.num_kept(pruning.prune_ratio, pruning.max_vision_tokens)
         num_tokens = sum(layout.num_frames) * layout.tokens_per_frame
+        # In training a scorer learns from videos that lose nothing, too.
         if pruning.method == "none" or (sum(num_kept) == num_tokens and not self.training):
             native = super().get_video_features(pixel_values_videos, video_token_pooling, video_grids, **kwargs)
             shape = (sum(layout.num_frames), layout.tokens_per_frame)
@@ -559,8 +560,8 @@ class STTSMolmoModel(Molmo2Model):
             video = self.get_video_features(*videos, prune_ratio, method, max_vision_tokens)
             mm_encoder_outputs, pixel_values_videos = {"video": video}, None
         video = (mm_encoder_outputs or {}).get("video")
-        if not isinstance(video, PruningOutput):
-            video = None  # of images, or native
+        if not isinstance(video, PruningOutput):  # absent, or encoded by the native model
+            video = STTSMolmoVideoFeatures()
 
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
         inputs = {
@@ -572,9 +573,9 @@ class STTSMolmoModel(Molmo2Model):
         }
         inputs = compact_cached(inputs, past_key_values, length)
         compaction = None
-        if video is not None and video.is_pruned:
+        if video.is_pruned:
             inputs, compaction = self._drop_tokens(inputs, video, past_key_values)
-        is_compact = compaction is not None or (video is not None and bool(video.prompt_is_compact))
+        is_compact = video.is_pruned or bool(video.prompt_is_compact)
         inputs["attention_mask"] = self._llm_mask(inputs, compaction, past_key_values, is_compact)
 
         outputs = super().forward(
@@ -588,15 +589,14 @@ class STTSMolmoModel(Molmo2Model):
             outputs.last_hidden_state = compaction.restore(outputs.last_hidden_state)
             if outputs.hidden_states is not None:  # of some layers only, the others are `None`
                 outputs.hidden_states = tuple(h if h is None else compaction.restore(h) for h in outputs.hidden_states)
-            num_before = 0 if outputs.past_key_values is None else outputs.past_key_values.get_seq_length()
-            remember_prompt(
-                outputs.past_key_values, compaction.after(max(num_before - len(compaction.positions[0]), 0))
-            )
+            if outputs.past_key_values is not None:
+                num_cached = outputs.past_key_values.get_seq_length() - compaction.positions.shape[1]
+                remember_prompt(outputs.past_key_values, compaction.after(num_cached))
         return STTSMolmoModelOutputWithPast(
             **outputs,
-            aux_loss=getattr(video, "aux_loss", None),
-            token_scores=getattr(video, "token_scores", None),
-            keep_mask=getattr(video, "keep_mask", None),
+            aux_loss=video.aux_loss,
+            token_scores=video.token_scores,
+            keep_mask=video.keep_mask,
             input_keep_mask=None if compaction is None else compaction.input_keep_mask,
         )
 
