@@ -36,8 +36,8 @@ class ScriptArguments:
             "chat that ends with the assistant's answer. Relative paths start at the file's folder."
         }
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on, such as 'train[:95%]'."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, such as 'train[95%:]'."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on, such as 'train[:95%%]'."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, such as 'train[95%%:]'."})
     num_frames: int | None = field(default=None, metadata={"help": "Most frames of a video; else the checkpoint's."})
     prune_ratio: float | None = field(default=None, metadata={"help": "Share of tokens to drop; else the checkpoint's"})
     vision_learning_rate: float = field(default=5e-6, metadata={"help": "Learning rate of the ViT and the connector."})
@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> Trainer:
     processor = STTSMolmoProcessor.from_pretrained(script.model)
     # In float32 also with --bf16: steps as small as these learning rates make are lost on bfloat16 weights.
     model = STTSMolmoForConditionalGeneration.from_pretrained(script.model, dtype=torch.float32)
+    if script.num_frames is not None:
+        processor.video_processor.num_frames = script.num_frames  # saved with the processor
     if script.prune_ratio is not None:
         model.config.stts_config.prune_ratio = validate_prune_ratio(script.prune_ratio)
     groups = parameter_groups(
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         args,
         train_dataset=load_chats(script.dataset, script.train_split),
         eval_dataset=load_chats(script.dataset, script.eval_split) if script.eval_split else None,
-        data_collator=VideoQACollator(processor, {"num_frames": script.num_frames} if script.num_frames else {}),
+        data_collator=VideoQACollator(processor),
         processing_class=processor,
         optimizers=(torch.optim.AdamW(groups), None),
     )

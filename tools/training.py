@@ -1,5 +1,6 @@
 """Fine-tuning with the Transformers `Trainer`: batches of chats about videos, the paper's learning rates, logs."""
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +73,17 @@ def split_at_answers(messages: list[dict], processor: ProcessorMixin) -> list[di
     return chat
 
 
+def chat_of(example: dict) -> list[dict]:
+    """The chat of a row; a `ValueError` that says what a row looks like where there is none."""
+    if example.get("messages") is None:
+        raise ValueError(
+            f"A row has the columns {sorted(example)}, but no `messages`: a chat, which is what VideoQACollator reads. "
+            'Make it {"messages": [{"role": "user", "content": [{"type": "video", "path": ...}, {"type": "text", '
+            '"text": ...}]}, {"role": "assistant", "content": [{"type": "text", "text": ...}]}]}.'
+        )
+    return example["messages"]
+
+
 def _content_parts(content: str | list[dict]) -> list[dict]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -92,14 +104,18 @@ class VideoQACollator:
     what the processor returns, padded on the right, and `labels`: int64 `(batch, sequence)`, the ids of each answer of
     the assistant and of the token that ends it, -100 everywhere else. Chats with a video and without may be mixed.
 
+    A content is a text or a list of parts. In a `datasets.Dataset`, whose columns have one type each, it is a list of
+    parts in every turn.
+
     Raises:
-        ValueError: see [`split_at_answers`].
+        ValueError: an example has no `messages`; also see [`split_at_answers`].
 
     Example:
 
     ```python
     >>> question = [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "Which shape stands still?"}]
-    >>> messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "ring"}]
+    >>> answer = [{"type": "text", "text": "ring"}]
+    >>> messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     >>> batch = VideoQACollator(processor)([{"messages": messages}])
     ```
     """
@@ -109,7 +125,7 @@ class VideoQACollator:
 
     def __call__(self, examples: list[dict]) -> BatchFeature:
         batch = self.processor.apply_chat_template(
-            [split_at_answers(example["messages"], self.processor) for example in examples],
+            [split_at_answers(chat_of(example), self.processor) for example in examples],
             chat_template=ANSWERS_TEMPLATE,
             tokenize=True,
             return_dict=True,
@@ -163,8 +179,9 @@ def parameter_groups(
 
 def log_aux_loss(trainer: Trainer) -> None:
     """
-    Add `aux_loss` to the training logs of `trainer`: the unweighted auxiliary loss (section 3.4), averaged like the
-    loss over the steps and processes since the last log. Steps without a pruned video do not count.
+    Add the unweighted auxiliary loss (section 3.4) to the logs of `trainer`: in training `aux_loss`, averaged like the
+    loss over the steps and processes since the last log; in evaluation `eval_aux_loss` beside `eval_loss`, which has no
+    part of it, averaged over batches. Batches without a pruned video do not count.
 
     Raises:
         ValueError: `trainer` computes a loss of its own, in which there is no auxiliary one.
@@ -179,29 +196,74 @@ def log_aux_loss(trainer: Trainer) -> None:
 
 
 class _AuxLossCallback(TrainerCallback):
-    """Sums on the device, and waits for it only when the Trainer logs, which waits anyway."""
+    """
+    Sums on the device, and waits for it only when the Trainer logs, which waits anyway.
+
+    Watches the model as long as the trainer lives, however its training ends: evaluation needs no training.
+    """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.sum, self.count = 0.0, 0
+        self.watched = None
+        self.reset()
+        self.watch(trainer.model)
+
+    def reset(self):
+        self.sums, self.counts = {"train": 0.0, "eval": 0.0}, {"train": 0, "eval": 0}
+
+    def watch(self, model: nn.Module):
+        if model is not self.watched:
+            self.watched, handle = model, model.register_forward_hook(_WeakHook(self))
+            weakref.finalize(self, handle.remove)
+
+    def add(self, model, outputs):
+        if model is self.watched and outputs.aux_loss is not None:
+            mode = "train" if model.training else "eval"
+            self.sums[mode] = self.sums[mode] + outputs.aux_loss.detach().float()
+            self.counts[mode] += 1
+
+    def take(self, mode: str, device: torch.device) -> float | None:
+        """The mean over all processes since it was taken last; `None` of nothing."""
+        window = torch.tensor([0.0, self.counts[mode]], device=device)
+        window[0] += self.sums[mode]
+        self.sums[mode], self.counts[mode] = 0.0, 0
+        total, count = self.trainer.accelerator.reduce(window, "sum").tolist()
+        return total / count if count else None
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        self.hook = model.register_forward_hook(self.add)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.hook.remove()
-
-    def add(self, model, inputs, outputs):
-        if model.training and outputs.aux_loss is not None:
-            self.sum = self.sum + outputs.aux_loss.detach().float()
-            self.count += 1
+        self.reset()
+        self.watch(model)  # another one after `model_init`
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if "loss" not in logs:  # evaluation, or the summary of a run
+        if "loss" in logs:
+            name, value = "aux_loss", self.take("train", args.device)
+        elif (prefix := evaluation_prefix(logs)) is not None:
+            name, value = f"{prefix}_aux_loss", self.take("eval", args.device)
+        else:
             return
-        window = torch.tensor([0.0, self.count], device=args.device)
-        window[0] += self.sum
-        total, count = self.trainer.accelerator.reduce(window, "sum").tolist()
-        if count:
-            logs["aux_loss"] = state.log_history[-1]["aux_loss"] = total / count
-        self.sum, self.count = 0.0, 0
+        if value is not None:
+            logs[name] = state.log_history[-1][name] = value
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        if (value := self.take("eval", args.device)) is not None:
+            metrics[f"{evaluation_prefix(metrics)}_aux_loss"] = value
+
+
+class _WeakHook:
+    """A forward hook that keeps no trainer alive with the model, and takes none along where the model is copied."""
+
+    def __init__(self, callback: _AuxLossCallback | None = None):
+        self.callback = (lambda: None) if callback is None else weakref.ref(callback)
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def __call__(self, model, inputs, outputs):
+        if (callback := self.callback()) is not None:
+            callback.add(model, outputs)
+
+
+def evaluation_prefix(metrics: dict[str, float]) -> str | None:
+    """`"eval"` of `{"eval_loss": ..., "eval_runtime": ...}`; `None` of the logs and the summary of a training."""
+    prefixes = [name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")]
+    return prefixes[0] if prefixes and prefixes[0] != "train" else None
