@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, Video, load_dataset
-from stts_molmo.configuration_stts_molmo import validate_prune_ratio
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
@@ -115,7 +114,8 @@ def main(argv: list[str] | None = None) -> Trainer:
     if script.num_frames is not None:
         processor.video_processor.num_frames = script.num_frames  # saved with the processor
     if script.prune_ratio is not None:
-        model.config.stts_config.prune_ratio = validate_prune_ratio(script.prune_ratio)
+        model.config.stts_config.prune_ratio = script.prune_ratio
+        model.config.stts_config.max_vision_tokens = None  # would count in its place
     groups = parameter_groups(
         model, args.learning_rate, script.vision_learning_rate, script.scorer_learning_rate, args.weight_decay
     )

@@ -33,7 +33,8 @@ for folder in sys.argv[1:]:
     )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    print(type(model).__name__, model.config.stts_config.prune_ratio, type(processor).__name__)
+    num_frames = processor.video_processor.num_frames
+    print(type(model).__name__, model.config.stts_config.prune_ratio, type(processor).__name__, num_frames)
 """
 
 # Two runs on two processes: equal rows, for comparison with one process; then one row without a video, which leaves one
@@ -108,7 +109,7 @@ def uninterrupted(checkpoint, tmp_path_factory):
 def test_trains_and_evaluates(uninterrupted, checkpoint):
     trainer, output = uninterrupted
     assert len(logged(trainer.state, "loss")) == len(logged(trainer.state, "aux_loss")) == 6
-    assert len(logged(trainer.state, "eval_loss")) == 6  # as often as it logs
+    assert len(logged(trainer.state, "eval_loss")) == len(logged(trainer.state, "eval_aux_loss")) == 6
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3, 5e-6, 1e-4}
     before, after = load_file(checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
     assert before.keys() == after.keys()
@@ -117,13 +118,21 @@ def test_trains_and_evaluates(uninterrupted, checkpoint):
         assert not torch.equal(before[name], after[name]), name
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        finetune.main(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert "'train[95%:]'" in text and "--per_device_train_batch_size" in text
+
+
 def test_what_it_saves_loads_without_us(uninterrupted, tmp_path):
     _, output = uninterrupted
     environment = {**ENVIRONMENT, "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", CLEAN_LOAD, str(output / "checkpoint-2"), str(output)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["STTSMolmoForConditionalGeneration 0.3 STTSMolmoProcessor"] * 2
+    assert result.stdout.splitlines() == ["STTSMolmoForConditionalGeneration 0.3 STTSMolmoProcessor 4"] * 2
 
 
 def test_killed_and_resumed_ends_at_the_same_loss(uninterrupted, checkpoint, tmp_path):

@@ -1,17 +1,20 @@
 """Fine-tuning: what the loss sees, who learns how fast, what is logged, and that the plain `Trainer` is enough."""
 
+import copy
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from helpers import CLIP, load_processor, make_inputs, make_model, make_tokenized_model
-from stts_molmo.modeling_stts_molmo import STTSMolmoPoolingAttention
+from helpers import CLIP, ROOT, load_processor, make_inputs, make_model, make_tokenized_model
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoPoolingAttention
+from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline
 
 END = "<|im_end|>"
 
@@ -106,15 +109,25 @@ def test_prompt_is_the_one_that_generate_starts_from(chat_template, video):
         assert torch.equal(batch["pixel_values_videos"], prompt["pixel_values_videos"])
 
 
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "ring"}]}
+ROW = {"messages": [*ask("Which shape?", video=CLIP), ANSWER]}  # parts in every turn: a column has one type
+
+
 def test_rows_as_datasets_stores_them():
     """Arrow gives every content part every field; absent ones are `None`."""
     processor = load_processor()
-    question = [{"type": "video", "path": CLIP, "text": None}, {"type": "text", "path": None, "text": "Which shape?"}]
-    answer = [{"type": "text", "path": None, "text": "ring"}]
-    stored = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    rows = Dataset.from_list([ROW, {"messages": [*ask("What?"), ANSWER]}])
+    assert rows[0]["messages"][0]["content"][0]["text"] is None
     collator = VideoQACollator(processor, {"num_frames": 4})
-    batch, expected = collator([{"messages": stored}]), collator([example("Which shape?", "ring")])
+    batch = collator([rows[0], rows[1]])
+    expected = collator([example("Which shape?", "ring"), example("What?", "ring", video=None)])
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("row", [{"question": "Which?", "answer": "ring"}, {"messages": None}, {}], ids=str)
+def test_row_without_a_chat(row):
+    with pytest.raises(ValueError, match="but no `messages`: a chat"):
+        VideoQACollator(load_processor())([row])
 
 
 @pytest.mark.parametrize(
@@ -203,7 +216,7 @@ class AuxLosses:
 
     def __init__(self, model):
         self.values = []
-        model.register_forward_hook(self.record)
+        self.remove = model.register_forward_hook(self.record).remove
 
     def record(self, model, inputs, outputs):
         if model.training and outputs.aux_loss is not None:
@@ -251,11 +264,46 @@ def test_aux_loss_is_logged(tmp_path):
     for history in (trainer.state.log_history, reporter.logs):
         assert [logs["aux_loss"] for logs in history if "loss" in logs] == pytest.approx(expected, rel=1e-6)
         assert all("aux_loss" not in logs for logs in history if "loss" not in logs)
+        assert len([logs["eval_aux_loss"] for logs in history if "eval_loss" in logs]) == 2
 
     recorded.values.clear()
     trainer.train()  # a second run neither counts twice nor remembers the first
     logged = [logs["aux_loss"] for logs in trainer.state.log_history if "loss" in logs]
     assert logged == pytest.approx([sum(recorded.values[i : i + 2]) / 2 for i in (0, 2)], rel=1e-6)
+
+
+def test_aux_loss_of_evaluation_is_logged_beside_its_loss(tmp_path):
+    rows = [example("Which shape?", "ring"), example("Where is it?", "top"), example("What color?", "red", video=None)]
+    model = make_tokenized_model(aux_loss_weight=5.0)
+    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=1)
+    log_aux_loss(trainer)
+    expected = []
+    with torch.no_grad():
+        expected = [model.eval()(**trainer.data_collator([row])) for row in rows]
+    for metrics in (trainer.evaluate(rows), trainer.evaluate(rows)):  # the second counts none of the first
+        assert metrics["eval_aux_loss"] == pytest.approx(sum(o.aux_loss.item() for o in expected[:2]) / 2, rel=1e-6)
+        assert metrics["eval_loss"] == pytest.approx(sum(o.loss.item() for o in expected) / 3, rel=1e-6)
+    assert trainer.state.log_history[-1]["eval_aux_loss"] == metrics["eval_aux_loss"]
+    assert trainer.predict(rows[:1]).metrics["test_aux_loss"] == pytest.approx(expected[0].aux_loss.item(), rel=1e-6)
+    assert "eval_aux_loss" not in trainer.evaluate(rows[2:])
+
+
+def test_a_training_that_fails_leaves_nothing_on_the_model(tmp_path):
+    model = make_tokenized_model()
+    trainer = make_trainer(model, [{"question": "Which?"}], tmp_path, max_steps=1)
+    log_aux_loss(trainer)
+    with pytest.raises(ValueError, match="no `messages`"):
+        trainer.train()
+    (hook,) = copy.deepcopy(model)._forward_hooks.values()
+    assert hook.callback() is None  # a copy takes no trainer along
+    trainer.train_dataset = [example("Which shape?", "ring")]
+    recorded = AuxLosses(model)
+    trainer.train()
+    assert len(model._forward_hooks) == 2 and len(recorded.values) == 1  # as many as there are: not one for each start
+    recorded.remove()
+    del trainer
+    gc.collect()
+    assert not model._forward_hooks
 
 
 def test_aux_loss_is_not_logged_without_video(tmp_path):
@@ -353,23 +401,79 @@ def test_predictions_align_with_labels(tmp_path):
     assert two_batches.metrics["test_loss_of_logits"] == pytest.approx(one_batch["eval_loss_of_logits"], rel=1e-5)
 
 
-def test_trl_trains_the_model_as_it_is(tmp_path):
-    """TRL computes a loss of its own from hidden states, without the auxiliary loss; it must reach ViT and scorer."""
+@pytest.mark.parametrize("collates", ["we", "trl"])
+def test_trl_trains_the_model_as_it_is(collates, tmp_path):
+    """
+    TRL computes a loss of its own from hidden states, without the auxiliary loss; it must reach ViT and scorer. Its own
+    collator wants a column `images`, or it takes no visuals from the messages, and to be told that answers alone count:
+    else it trains on the placeholders of the video as well.
+    """
     trl = pytest.importorskip("trl")
-    chat = [ask("Which shape?", video=CLIP)[0], {"role": "assistant", "content": [{"type": "text", "text": "ring"}]}]
-    model = make_tokenized_model()
+    processor, model = load_processor(), make_tokenized_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ours = collates == "we"
+    if ours:
+        options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    else:
+        options = {"assistant_only_loss": True}
     trainer = trl.SFTTrainer(
         model,
-        trl.SFTConfig(str(tmp_path), max_steps=1, max_length=None, use_cpu=True, bf16=False, save_strategy="no"),
-        train_dataset=Dataset.from_list([{"messages": chat, "images": []}]),
-        processing_class=load_processor(),
+        trl.SFTConfig(
+            str(tmp_path), max_steps=1, max_length=None, use_cpu=True, bf16=False, save_strategy="no", **options
+        ),
+        train_dataset=Dataset.from_list([ROW if ours else ROW | {"images": []}]),
+        data_collator=VideoQACollator(processor) if ours else None,
+        processing_class=processor,
         optimizers=(torch.optim.AdamW(parameter_groups(model)), None),
     )
+    (batch,) = trainer.get_train_dataloader()
+    assert answers_in(batch, processor, 0) == [f"ring{END}"]
+    assert batch["labels"].max() < model.vocab_size and "pixel_values_videos" in batch
     trainer.train()
     for name in ("patch_embedding.weight", "token_scorer.fc3.weight"):
         name = f"model.vision_tower.{name}"
         assert not torch.equal(model.get_parameter(name), before[name]), name
+
+
+def test_what_the_readme_trains_answers_in_a_pipeline(tmp_path, monkeypatch):
+    """Line by line what README.md shows, in a run of two steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+
+    path = "checkpoints/stts-molmo-tiny"
+    model = STTSMolmoForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    processor = STTSMolmoProcessor.from_pretrained(path)
+    question = [
+        {"type": "video", "path": "examples/clips/quiet.mp4"},
+        {"type": "text", "text": "Which shape stands still?"},
+    ]
+    answer = [{"type": "text", "text": "triangle"}]
+    chats = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}]
+    args = TrainingArguments(
+        "out",
+        max_steps=2,
+        lr_scheduler_type="cosine",
+        warmup_steps=200,
+        logging_steps=1,
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=chats,
+        data_collator=VideoQACollator(processor),
+        processing_class=processor,
+        optimizers=(torch.optim.AdamW(parameter_groups(model)), None),
+    )
+    log_aux_loss(trainer)
+    trainer.train()
+    trainer.save_model()
+
+    assert all({"loss", "aux_loss"} <= set(logs) for logs in trainer.state.log_history[:2])
+    answers = pipeline("image-text-to-text", model="out", trust_remote_code=True)
+    result = answers(text=[{"role": "user", "content": question}], max_new_tokens=8, return_full_text=False)
+    assert result[0]["generated_text"] == "triangle"
 
 
 @pytest.fixture
