@@ -1,6 +1,7 @@
 """The command line: answers, figures, JSON, and for every mistake one message, exit code 2 and no traceback."""
 
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import stts_molmo.tools.checkpoint
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoModel
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
+from stts_molmo.tools import console
 from stts_molmo.tools.answer import answer_question
 from stts_molmo.tools.checkpoint import Checkpoint, describe_scorer, load_model
 from stts_molmo.tools.cli import BUNDLED_CHECKPOINT, app
@@ -445,6 +448,14 @@ def test_convert_refuses_what_it_cannot_do(molmo2, checkpoint, tmp_path):
     assert_readable_error(run("convert", molmo2, tmp_path / "new", "--prune-layer", 9), "prune_layer=9")
     assert_readable_error(run("convert", molmo2, tmp_path / "new", "--prune-ratio", 1), "prune_ratio=1.0")
     assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_a_person_at_a_terminal_sees_what_takes_time(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=screen, force_terminal=True))
+    with console.spinner("loading libraries"):
+        pass
+    assert "loading libraries" in screen.getvalue()
 
 
 def test_truncated_video_is_answered_with_a_warning(tmp_path, caplog):
