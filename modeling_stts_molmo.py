@@ -735,7 +735,6 @@ class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditio
         mm_token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -750,7 +749,8 @@ class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditio
         Args:
             labels: `(batch, sequence)`, -100 where there is no loss. A label is predicted from the last surviving
                 position before it.
-            shift_labels: the same shifted to the left by one, in place of `labels`.
+            shift_labels: the same shifted to the left by one, in place of `labels`. Not named in the signature: the
+                Trainer would take no batch for labelled that lacks it, and report no loss of an evaluation.
             logits_to_keep: positions whose logits are computed; 0 for all. When not given: all, but none in training
                 with labels, where only the loss is read.
             prune_ratio, method, max_vision_tokens: see [`~STTSMolmoModel.get_video_features`].
@@ -758,6 +758,7 @@ class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditio
         Raises:
             ValueError: a label is a token that the model cannot write.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
