@@ -1,17 +1,216 @@
-"""The README's Python quick starts run as they stand, where nothing of ours is installed."""
+"""What README.md says is so: its code runs as it stands, its picture, numbers, names and bounds are those of the code."""
 
+import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+from importlib.metadata import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
-from helpers import ROOT, run_clean
+import numpy as np
+import pytest
+import stts_molmo
+from helpers import CLIP, ROOT, TINY, run_clean
+from PIL import Image
+from stts_molmo.tools.cli import app
+from stts_molmo.tools.visualization import GAP, LABEL_HEIGHT, TILE
+from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+from typer.testing import CliRunner
+
+MAX_LINES = 220
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = (TINY / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_quick_starts(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    for folder in ("checkpoints", "examples/clips"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    from_pretrained, with_pipeline, with_trainer = blocks
-    output = run_clean(from_pretrained + with_pipeline, tmp_path)
-    answer, from_pipeline = output.strip().splitlines()
-    assert answer and f"'{answer}'" in from_pipeline
-    compile(with_trainer, "README.md", "exec")
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of all bash blocks, split into words."""
+    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def section(title: str) -> str:
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """Where a reader stands: a checkout, and the files that the README calls theirs. Molmo2-4B is a tiny one."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("checkpoints", "examples"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(CLIP, folder / "clip.mp4")
+    row = {"video": "clip.mp4", "question": "What happens?", "answer": "It moves."}
+    (folder / "questions.jsonl").write_text(20 * (json.dumps(row) + "\n"))
+    molmo2 = folder / "allenai" / "Molmo2-4B"
+    shutil.copytree(TINY, molmo2, ignore=shutil.ignore_patterns("*.py", "*.safetensors", "config.json"))
+    config = json.loads((TINY / "config.json").read_text())
+    del config["stts_config"], config["auto_map"], config["model_type"]
+    Molmo2ForConditionalGeneration(Molmo2Config.from_dict(config)).save_pretrained(molmo2)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    """The output of a command in `folder`; ours run in this process."""
+    name, *arguments = command
+    if name == "stts-molmo":
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(folder)
+            result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Code
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_python_where_nothing_of_ours_is_installed(checkout):
+    ours_not_imported = [block for block in blocks("python") if "stts_molmo import" not in block]
+    load, with_pipeline = ours_not_imported
+    from_load, from_pipeline = run_clean("".join([*blocks("python", CARD), load, with_pipeline]), checkout).splitlines()
+    assert from_load == "green"
+    assert "'green'" in from_pipeline
+
+
+def test_python_with_the_package(checkout):
+    output = run(["python", "-c", "\n".join(blocks("python"))], checkout)
+    assert output.startswith("green\n")
+    assert output.count("'aux_loss'") == 3  # as often as it logs
+    shutil.move(checkout / "out", checkout / "of_the_trainer")
+    assert "trained" in run(["stts-molmo", "inspect", "of_the_trainer"], checkout)
+    run(["stts-molmo", "ask", "clip.mp4", "What happens?", "--model", "of_the_trainer"], checkout)
+
+
+def test_command_line(checkout):
+    ask, visualize, inspect = (shlex.split(line) for line in "".join(blocks("bash", section("Command line"))).splitlines())
+    assert json.loads(run(ask, checkout))["answer"] == "green"
+    run(visualize, checkout)
+    assert (checkout / "kept.mp4").stat().st_size
+    assert "trained" in run(inspect, checkout)
+
+
+def test_from_molmo2_to_a_trained_stts(checkout):
+    convert, ask, finetune, ask_again = commands(section("From Molmo2 to a trained STTS"))
+    assert "not trained" in run(convert, checkout)
+    assert "method cosine, prune ratio 0.5" in run(ask, checkout)
+    assert "eval_loss" in run(finetune, checkout)
+    assert "method scorer, prune ratio 0.5" in run(ask_again, checkout)
+
+
+@pytest.mark.parametrize("text", [TEXT, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_other_commands_name_what_there_is(text):
+    """What would install, take hours or start the tests in the tests."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = metadata("stts-molmo").get_all("Provides-Extra")
+    for name, *arguments in commands(text):
+        if name == "make":
+            assert set(arguments) <= set(targets)
+        elif name == "pip":
+            assert arguments[0] == "install" and set(re.findall(r"\[(.*)\]", arguments[1])) <= set(extras)
+        elif name == "python" and arguments[0] == "-m":
+            assert find_spec(arguments[1]), arguments
+        else:
+            assert name in ("stts-molmo", "python"), name
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict:
+    """What the calls in the table of options start from."""
+    model = stts_molmo.STTSMolmoForConditionalGeneration.from_pretrained(TINY)
+    processor = stts_molmo.STTSMolmoProcessor.from_pretrained(TINY)
+    video = {"text": "<|video|> What?", "videos": [CLIP]}
+    return {"model": model, "processor": processor, "video": video, "STTSConfig": stts_molmo.STTSConfig}
+
+
+CALLS = [call for cell in re.findall(r"^\| (`.*?) \|", section("Options"), re.MULTILINE) for call in cell[1:-1].split("`, `")]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_options(call, loaded):
+    inputs = loaded["processor"](**loaded["video"], return_tensors="pt")
+    names = loaded | {"inputs": inputs, "pixels": {name: inputs[name] for name in inputs if "video" in name}}
+    if "features}" in call:
+        names["features"] = loaded["model"].get_video_features(**names["pixels"])
+    dots = {"generate": "**inputs, max_new_tokens=1", "get_video_features": "**pixels", "processor": "**video"}
+    call = re.sub(r"(\w+)\(\.\.\.", lambda match: f"{match[1]}({dots[match[1]]}", call)
+    exec(call.replace('"cuda"', '"cpu"'), names)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= MAX_LINES
+
+
+def without_labels(path: Path) -> np.ndarray:
+    """A picture of `visualize` without the lines of text, which are drawn differently by other releases of Pillow."""
+    picture = np.asarray(Image.open(path)).astype(int)
+    row_height = LABEL_HEIGHT + TILE + TILE // 2 + 2 * GAP
+    return picture[(np.arange(len(picture)) - GAP) % row_height >= LABEL_HEIGHT]
+
+
+def test_the_picture_is_drawn_by_the_command_below_it(checkout):
+    (command,) = re.findall(r"Drawn by\n`(.*?)`", TEXT)
+    (checkout / "examples" / "kept.png").unlink()
+    run(shlex.split(command), checkout)
+    drawn, shown = (without_labels(folder / "examples" / "kept.png") for folder in (checkout, ROOT))
+    assert drawn.shape == shown.shape and abs(drawn - shown).max() <= 2
+
+
+def test_bounds_are_those_of_setup():
+    (bounds,) = re.findall(r"brings torch (\S+), Transformers (\S+) and PyAV (\S+),", TEXT)
+    setup = (ROOT / "setup.py").read_text()
+    for name, bound in zip(("torch", "vision]", "av"), bounds, strict=True):
+        assert f"{name}>={bound}" in setup, name
+    (python,) = re.findall(r"Python (\S+) or later", TEXT)
+    assert f'python_requires=">={python}"' in setup
+
+
+def test_numbers_of_the_results_are_measured():
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|!\[.*", "", section("Results"), flags=re.DOTALL)
+    measurements = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"\d+(?:\.\d+)?", prose)
+    assert len(numbers) > 10
+    missing = [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", measurements)]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_an_index_shows_no_dead_links(name):
+    """Links lead out of the repository, and only pictures do not; files are named instead."""
+    for mark, target in re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", (ROOT / name).read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (mark and (ROOT / target).is_file()), target
+
+
+@pytest.mark.parametrize("text", [TEXT, CONTRIBUTING, CARD], ids=["README", "CONTRIBUTING", "card"])
+def test_files_that_are_named_exist(text):
+    names = set(re.findall(r"`([\w./-]+\.(?:py|md|cff|jinja|yaml|jsonl|toml|png)|[\w./-]+/)`", text))
+    assert names and not [name for name in names - {"questions.jsonl"} if not (ROOT / name).exists()]
+
+
+def test_cited_as_the_readme_cites():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (bibtex,) = blocks("bibtex")
+    (title,), (authors,) = re.findall(r"title +=.*?\{(.*)\}", bibtex), re.findall(r"author += \{(.*?)\}", bibtex, re.DOTALL)
+    assert title in citation
+    families = [author.split(",")[0] for author in re.sub(r"\s+", " ", authors).split(" and ")]
+    cited = citation.split("preferred-citation:")[1].split("references:")[0]
+    assert re.findall(r"family-names: (.*)", cited) == families
