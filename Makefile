@@ -20,7 +20,10 @@ lint: .venv/.test
 .venv/bin/python:
 	python3 -m venv .venv
 
-# --no-compile: most of what torch brings is never imported here.
+# --no-compile: most of what torch brings is never imported here. What is imported is compiled once, also where the
+# environment says not to: without, each process that a test starts would take many times as long.
+unexport PYTHONDONTWRITEBYTECODE
+
 .venv/.core: .venv/bin/python setup.py pyproject.toml
 	.venv/bin/pip install --no-compile --editable .
 	touch $@

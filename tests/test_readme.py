@@ -1,4 +1,4 @@
-"""What README.md says is so: its code runs as it stands, its picture, numbers, names and bounds are those of the code."""
+"""What README.md says is so: its code runs as it stands; picture, numbers, names and bounds are those of the code."""
 
 import json
 import os
@@ -97,7 +97,9 @@ def test_python_with_the_package(checkout):
 
 
 def test_command_line(checkout):
-    ask, visualize, inspect = (shlex.split(line) for line in "".join(blocks("bash", section("Command line"))).splitlines())
+    ask, visualize, inspect = (
+        shlex.split(line) for line in "".join(blocks("bash", section("Command line"))).splitlines()
+    )
     assert json.loads(run(ask, checkout))["answer"] == "green"
     run(visualize, checkout)
     assert (checkout / "kept.mp4").stat().st_size
@@ -137,7 +139,9 @@ def loaded() -> dict:
     return {"model": model, "processor": processor, "video": video, "STTSConfig": stts_molmo.STTSConfig}
 
 
-CALLS = [call for cell in re.findall(r"^\| (`.*?) \|", section("Options"), re.MULTILINE) for call in cell[1:-1].split("`, `")]
+CALLS = [
+    call for cell in re.findall(r"^\| (`.*?) \|", section("Options"), re.MULTILINE) for call in cell[1:-1].split("`, `")
+]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -209,7 +213,10 @@ def test_files_that_are_named_exist(text):
 def test_cited_as_the_readme_cites():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     (bibtex,) = blocks("bibtex")
-    (title,), (authors,) = re.findall(r"title +=.*?\{(.*)\}", bibtex), re.findall(r"author += \{(.*?)\}", bibtex, re.DOTALL)
+    (title,), (authors,) = (
+        re.findall(r"title +=.*?\{(.*)\}", bibtex),
+        re.findall(r"author += \{(.*?)\}", bibtex, re.DOTALL),
+    )
     assert title in citation
     families = [author.split(",")[0] for author in re.sub(r"\s+", " ", authors).split(" and ")]
     cited = citation.split("preferred-citation:")[1].split("references:")[0]
