@@ -35,6 +35,6 @@ unexport PYTHONDONTWRITEBYTECODE
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.
 .venv-oldest/.test: setup.py pyproject.toml
 	python3 -m venv .venv-oldest
-	sed -nE 's/^.*"([A-Za-z_-]+)(\[.*\])?>=([0-9.]+).*$$/\1==\3/p' setup.py > .venv-oldest/lower-bounds.txt
+	sed -nE 's/^.*"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*$$/\1==\3/p' setup.py > .venv-oldest/lower-bounds.txt
 	.venv-oldest/bin/pip install --no-compile --constraint .venv-oldest/lower-bounds.txt --editable ".[test]"
 	touch $@

@@ -46,7 +46,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "transformers[chat-template,vision]>=5.20.2,<6",
-        "typer>=0.16",
+        "typer>=0.24",
     ],
     extras_require={"train": TRAIN, "test": TEST},
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
