@@ -109,6 +109,13 @@ class PrunedGenerationMixin:
         remember_prompt(cache, prompt.repeat(len(sequences)))
         return outputs
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it `generate_batch`, which goes this way: it takes token ids and no pixels."""
+        raise NotImplementedError(
+            "Continuous batching (generate_batch, init_continuous_batching) passes token ids alone, and would answer "
+            "about a video without having seen it. Use generate() on a batch."
+        )
+
     def _check_video_prompt(self, input_ids: torch.Tensor | None, prompt: Compaction | None, kwargs: dict) -> None:
         if prompt is not None:
             raise ValueError(

@@ -72,6 +72,7 @@ from .pruning_stts_molmo import (
     select_tokens,
     temporal_dissimilarity,
 )
+from .saving_stts_molmo import OwnCodeMixin
 
 # A class with its own `model_type` gets no conversion by default, and original checkpoints would load as noise.
 register_checkpoint_conversion_mapping("stts_molmo", get_checkpoint_conversion_mapping("molmo2"), overwrite=True)
@@ -427,7 +428,7 @@ class STTSMolmoAdapter(Molmo2Adapter):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class STTSMolmoModel(Molmo2Model):
+class STTSMolmoModel(OwnCodeMixin, Molmo2Model):
     """
     Modifications: videos lose tokens in the vision tower, and the LLM runs on what is left. Images and text take the
     native path.
@@ -689,7 +690,7 @@ class STTSMolmoModel(Molmo2Model):
             )
 
 
-class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditionalGeneration):
+class STTSMolmoForConditionalGeneration(PrunedGenerationMixin, OwnCodeMixin, Molmo2ForConditionalGeneration):
     """
     Modifications: the model underneath prunes videos, the loss is computed at labelled positions only and gains the
     auxiliary term, and `generate` prunes once, before the prompt is prefilled.

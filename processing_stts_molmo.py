@@ -4,9 +4,12 @@ Everything after the frames is native Molmo2 and gives the same pixel values.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from numbers import Real
 from urllib.request import url2pathname
 
 import numpy as np
@@ -22,6 +25,7 @@ from transformers.video_utils import VideoInput, VideoMetadata, make_batched_met
 
 from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code
 from .video_stts_molmo import (
+    TIME_TOLERANCE,
     EncodedVideo,
     assume_frame_rate,
     complete_metadata,
@@ -39,6 +43,71 @@ TELL_THE_MODEL = (
     "Pass it to the model: model.generate(**inputs, prune_ratio=..., method=...), in a pipeline generate_kwargs="
     '{"prune_ratio": ..., "method": ...}, or for every call model.generation_config.prune_ratio = ...'
 )
+
+
+class VideoSpan(str):
+    """
+    Some seconds of a video file, which pass as the `str` that Transformers' batching of videos takes for a file.
+
+    Raises:
+        ValueError: these are no seconds in order, or `video` is no file.
+    """
+
+    def __new__(cls, video, seconds: tuple[float, float]):
+        start, end = seconds
+        if not all(isinstance(value, Real) for value in seconds) or not 0 <= start < end:
+            raise ValueError(
+                f"video_start={start!r} and video_end={end!r} must be seconds, 0 <= video_start < video_end."
+            )
+        self = super().__new__(cls, video)
+        self.video, self.seconds = video, seconds
+        return self
+
+
+def take_span(part: dict) -> dict:
+    """A part of a chat whose `video_start` and `video_end`, in seconds, are in its video."""
+    start, end = part.get("video_start"), part.get("video_end")
+    if part.get("type") != "video" or start is end is None:
+        return part
+    seconds = (0 if start is None else start, math.inf if end is None else end)
+    part = {name: value for name, value in part.items() if name not in ("video_start", "video_end")}
+    for name in ("video", "url", "path"):
+        if part.get(name) is not None:
+            video = wrap_encoded_videos(part[name])
+            if not isinstance(video, str):
+                raise ValueError("video_start and video_end are for files; of frames pass those that are wanted.")
+            part[name] = VideoSpan(video, seconds)
+    return part
+
+
+def take_spans(conversation):
+    """A chat, or several, with [`take_span`] of each part."""
+    if isinstance(conversation, (list, tuple)):
+        return [take_spans(messages) for messages in conversation]
+    if isinstance(conversation, dict) and isinstance(conversation.get("content"), (list, tuple)):
+        return {
+            **conversation,
+            "content": [take_span(part) if isinstance(part, dict) else part for part in conversation["content"]],
+        }
+    return conversation
+
+
+def sample_between(seconds: tuple[float, float], sample_indices_fn: Callable | None, metadata) -> np.ndarray:
+    """
+    Sample as `sample_indices_fn` does, or take all, among the frames of a file that begin between two times.
+
+    Raises:
+        ValueError: none does.
+    """
+    times = metadata.frame_times
+    first, stop = np.searchsorted(times, np.add(seconds, (-TIME_TOLERANCE, TIME_TOLERANCE)))
+    if first == stop:
+        raise ValueError(
+            f"No frame begins between video_start={seconds[0]} and video_end={seconds[1]}: the video's "
+            f"{len(times)} frames begin in seconds {times[0]:g} to {times[-1]:g}."
+        )
+    inside = replace(metadata, total_num_frames=int(stop - first), frame_times=times[first:stop] - times[first])
+    return first + (np.arange(stop - first) if sample_indices_fn is None else sample_indices_fn(metadata=inside))
 
 
 class STTSMolmoVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
@@ -196,8 +265,12 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         return prune_ratio
 
     def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn: Callable | None = None):
+        if isinstance(video_url_or_urls, VideoSpan):
+            sample_indices_fn = partial(sample_between, video_url_or_urls.seconds, sample_indices_fn)
+            video_url_or_urls = video_url_or_urls.video
         if isinstance(video_url_or_urls, list):
-            files = [id(video.file) for video in video_url_or_urls if isinstance(video, EncodedVideo)]
+            videos = [video.video if isinstance(video, VideoSpan) else video for video in video_url_or_urls]
+            files = [id(video.file) for video in videos if isinstance(video, EncodedVideo)]
             # A file object that comes twice cannot be read in two places at a time.
             with ThreadPoolExecutor(None if len(set(files)) == len(files) else 1) as pool:
                 fetch = partial(self.fetch_videos, sample_indices_fn=sample_indices_fn)
@@ -248,6 +321,13 @@ class STTSMolmoProcessor(Molmo2Processor):
         if videos is not None:
             videos = wrap_encoded_videos(videos)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """
+        As `ProcessorMixin.apply_chat_template`. A video's part of a message may have `video_start` and `video_end`:
+        frames are sampled between these seconds of the file, and the prompt tells their times in the file.
+        """
+        return super().apply_chat_template(take_spans(conversation), chat_template, **kwargs)
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         metadata = video_inputs["video_metadata"][video_idx]

@@ -10,7 +10,6 @@ TRAIN = ["datasets>=4.7"]
 TEST = [
     *TRAIN,
     "hypothesis>=6.100",
-    "jinja2>=3.1.0",
     "packaging>=24",
     "pyright[nodejs]>=1.1.400,<=1.1.414",
     "pytest>=8.4",
@@ -38,6 +37,7 @@ setup(
         "accelerate>=1.10.1",
         "av>=15",
         "huggingface_hub>=1.31",
+        "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "numpy>=2",
         "pillow>=10.0.1",

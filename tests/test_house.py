@@ -26,8 +26,9 @@ DOORS = {
     "attention": {"configuration", "pruning"},
     "outputs": set(),
     "prompt": set(),
+    "saving": set(),
     "generation": {"outputs", "prompt"},
-    "modeling": {"configuration", "pruning", "attention", "outputs", "prompt", "generation"},
+    "modeling": {"configuration", "pruning", "attention", "outputs", "prompt", "generation", "saving"},
     "video": {"configuration"},
     "processing": {"configuration", "video"},
 }

@@ -7,6 +7,7 @@ import torch
 from ..generation_stts_molmo import VIDEO_INPUTS
 from .checkpoint import TRAIN_OR_COSINE, Checkpoint
 from .console import stage, timed
+from .finite import RequireFinite, explained_not_finite
 from .video import encode_video, explained_out_of_memory, make_inputs, read_clip
 
 
@@ -47,11 +48,13 @@ def answer_question(
 
     Raises:
         OSError: there is no such video or checkpoint.
-        ValueError: video, question, checkpoint or an option is not usable; the message says what to do.
+        ValueError: video, question, checkpoint or an option is not usable, or the model computes NaN or infinity; the
+            message says what to do.
     """
     if not question.strip():
         raise ValueError(f"The question {question!r} is empty; ask something.")
-    pruning = checkpoint.config.stts_config.pruning(prune_ratio, method)
+    options = {"prune_ratio": prune_ratio, "method": method}
+    pruning = checkpoint.config.stts_config.pruning(**options)
     sampling = {"num_frames": num_frames, "test_time_scaling": test_time_scaling, "prune_ratio": pruning.prune_ratio}
     seconds = {}
     with timed("load", seconds):
@@ -67,13 +70,18 @@ def answer_question(
             f"The token scorer of {checkpoint.path} is not trained: it would drop tokens at random. {TRAIN_OR_COSINE} "
             "To use it as it is, pass --allow-untrained."
         )
-    with explained_out_of_memory(clip, checkpoint.device):
+    with explained_out_of_memory(clip, checkpoint.device), explained_not_finite(model, inputs, **options):
         with stage("encode", seconds):
-            features = encode_video(model, inputs, prune_ratio=prune_ratio, method=method)
+            features = encode_video(model, inputs, **options)
             num_kept = int(features.keep_mask.sum())
         with stage("generate", seconds):
             prompt = {name: inputs[name] for name in inputs if name not in VIDEO_INPUTS}
-            output = model.generate(**prompt, mm_encoder_outputs={"video": features}, max_new_tokens=max_new_tokens)
+            output = model.generate(
+                **prompt,
+                mm_encoder_outputs={"video": features},
+                max_new_tokens=max_new_tokens,
+                logits_processor=[RequireFinite()],
+            )
             answer = processor.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return Answer(
         answer=answer.strip(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
-from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsRepoMetadata
 from safetensors import SafetensorError, safe_open
 from transformers import Molmo2Config
@@ -16,10 +16,36 @@ from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..processing_stts_molmo import STTSMolmoProcessor
 from ..pruning_stts_molmo import num_kept_tokens
+from .files import fetch, locate_tensors, weight_files
 
 # What a Hub repository carries: all Python files at the root but `__init__.py` and `setup.py`.
 CODE_FILES = sorted(Path(__file__).parents[1].glob("*_stts_molmo.py"))
 FRAME_COUNTS = (16, 32, 64, 128, 256)
+
+# The most that a config may call for, by its names and those of the original checkpoints: more than any model has.
+SIZE_LIMITS = {
+    "num_hidden_layers": 256,
+    **dict.fromkeys(
+        ("head_dim", "image_patch_size", "num_attention_heads", "num_key_value_heads", "patch_size", "pooling_size"),
+        2**12,
+    ),
+    **dict.fromkeys(
+        (
+            "additional_vocab_size",
+            "hidden_size",
+            "image_default_input_size",
+            "image_num_pos",
+            "image_size",
+            "intermediate_size",
+            "max_position_embeddings",
+            "num_position_embeddings",
+            "scorer_hidden_size",
+            "text_hidden_size",
+            "vocab_size",
+        ),
+        2**24,
+    ),
+}
 
 # What to do about a scorer that was never trained.
 TRAIN_OR_COSINE = "Train it with examples/finetune.py, or use --method cosine, which needs no training."
@@ -41,16 +67,41 @@ def read_config(checkpoint: str) -> Molmo2Config | STTSMolmoConfig:
         raise FileNotFoundError(
             f"{checkpoint} is no directory here that holds a checkpoint, and cannot be read from the Hub: {error}"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"The config.json of {checkpoint} is nested too deeply; fetch it again.") from error
     if not isinstance(values, dict):
         raise ValueError(f"The config.json of {checkpoint} is no JSON object; fetch it again.")
     model_type = values.get("model_type")
-    config_class = {"stts_molmo": STTSMolmoConfig, "molmo2": Molmo2Config}.get(model_type)
-    if config_class is None:
+    if model_type not in ("stts_molmo", "molmo2"):
         raise ValueError(f"{checkpoint} has model_type={model_type!r}; expected 'stts_molmo' or 'molmo2'.")
+    return make_config(STTSMolmoConfig if model_type == "stts_molmo" else Molmo2Config, values, checkpoint)
+
+
+def make_config(
+    config_class: type[Molmo2Config], values: dict, checkpoint: str | Path
+) -> Molmo2Config | STTSMolmoConfig:
+    """
+    The configuration of the `values` in a `config.json`, which may say anything.
+
+    Raises:
+        ValueError: a value has the wrong type, or is a size that no model has.
+    """
     try:
+        check_sizes(values)
         return config_class.from_dict(values)
-    except StrictDataclassError as error:
-        raise ValueError(f"The config.json of {checkpoint} is invalid: {error}") from error
+    except Exception as error:  # whatever Transformers stumbles over
+        raise ValueError(f"The config.json of {checkpoint} is invalid: {error or type(error).__name__}") from error
+
+
+def check_sizes(values: dict, prefix: str = "") -> None:
+    """Raise a `ValueError` for a size that would keep a machine busy before a weight is looked at."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_sizes(value, f"{prefix}{name}.")
+        limit = SIZE_LIMITS.get(name)
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            if limit is not None and isinstance(size, (int, float)) and not 1 <= size <= limit:
+                raise ValueError(f"{prefix}{name}={value} must be from 1 to {limit}.")
 
 
 def require_stts(checkpoint: str) -> STTSMolmoConfig:
@@ -71,9 +122,11 @@ def read_metadata(checkpoint: str) -> SafetensorsRepoMetadata:
     Raises:
         ValueError: there are no readable safetensors files.
     """
-    read = get_local_safetensors_metadata if Path(checkpoint).is_dir() else get_safetensors_metadata
+    is_local = Path(checkpoint).is_dir()
+    if is_local:
+        weight_files(Path(checkpoint))  # none that lies elsewhere
     try:
-        return read(checkpoint)
+        return (get_local_safetensors_metadata if is_local else get_safetensors_metadata)(checkpoint)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise ValueError(f"{checkpoint} has no weights in readable safetensors files: {error}") from error
 
@@ -170,11 +223,25 @@ class Checkpoint:
 
     @cached_property
     def processor(self) -> STTSMolmoProcessor:
-        return STTSMolmoProcessor.from_pretrained(self.path)
+        processor = STTSMolmoProcessor.from_pretrained(self.path)
+        check_processor(processor, self.config)
+        return processor
 
     @cached_property
     def model(self) -> STTSMolmoForConditionalGeneration:
         return load_model(self.path, self.device, self.dtype)
+
+
+def check_processor(processor: STTSMolmoProcessor, config: STTSMolmoConfig) -> None:
+    """Raise a `ValueError` before frames are made of a size that the model does not take, and no memory may hold."""
+    vision, video = config.vision_config, processor.video_processor
+    made = [video.size.get("height"), video.size.get("width")], video.patch_size
+    taken = list(vision.image_size), vision.patch_size
+    if made != taken:
+        raise ValueError(
+            f"The processor makes frames of height and width {made[0]} with patches of {made[1]}, and the model takes "
+            f"{taken[0]} with patches of {taken[1]}; give the checkpoint the processor that belongs to it."
+        )
 
 
 def find_device(name: str) -> torch.device:
@@ -193,11 +260,20 @@ def load_model(checkpoint: str, device: torch.device, dtype: str) -> STTSMolmoFo
     Load a checkpoint for inference.
 
     Raises:
-        ValueError: weights are missing or damaged; Transformers would warn and go on with random ones.
+        OSError: there is no such checkpoint.
+        ValueError: weights are missing, damaged or of other shapes than the config says; Transformers would warn and go
+            on with random ones, of whatever size. Or they are integers that nothing explains.
     """
+    folder = fetch(checkpoint)
+    check_weights(folder, read_config(str(folder)))
     try:
         model, report = STTSMolmoForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=dtype, device_map=device, ignore_mismatched_sizes=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            device_map=device,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
         )
     except SafetensorError as error:
         raise damaged(checkpoint, error) from error
@@ -209,3 +285,17 @@ def load_model(checkpoint: str, device: torch.device, dtype: str) -> STTSMolmoFo
             "Make it anew with `stts-molmo convert`."
         )
     return model.eval()
+
+
+def check_weights(folder: Path, config: Molmo2Config) -> None:
+    """Raise a `ValueError` before memory is filled with weights that a config calls for and `folder` does not hold."""
+    held = sum(tensor.size for tensor in locate_tensors(folder).values())
+    if getattr(config, "quantization_config", None) is not None:
+        return  # several weights to a number
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in STTSMolmoForConditionalGeneration(config).parameters())
+    if wanted > 2 * held:
+        raise ValueError(
+            f"{folder} is incomplete: its config.json calls for {wanted:,} weights, and its files hold {held:,}. "
+            "Fetch it again."
+        )

@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
 from ..processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from .checkpoint import make_config
+from .files import fetch, locate_tensors, read_json
 
-SOURCE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 COPY_BYTES = 16 * 2**20
 
@@ -75,9 +74,9 @@ def convert_checkpoint(
         raise FileExistsError(f"{destination} is the current directory; name a new one below it.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty directory; choose another or remove it.")
-    source = _fetch(source, revision)
+    source = fetch(source, revision)
     config = _read_config(source)
-    tensor_files = _locate_tensors(source)
+    tensor_files = {name: tensor.file for name, tensor in locate_tensors(source).items()}
     renames = {name: ours for name in tensor_files if (ours := rename_authors_tensor(name)) != name}
     unknown = set() if isinstance(stts_config, STTSConfig) else set(stts_config or {}) - set(STTSConfig.__annotations__)
     if unknown:
@@ -112,32 +111,8 @@ def initial_scorer(config: STTSMolmoConfig, dtype: torch.dtype, seed: int) -> di
     return {SCORER + name: tensor for name, tensor in scorer.to(dtype).state_dict().items()}
 
 
-def _fetch(source: str | os.PathLike, revision: str | None) -> Path:
-    """The directory of a checkpoint; one on the Hub is downloaded to the cache first."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=SOURCE_FILES))
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a directory here nor a Hub repository that can be downloaded ({error})"
-        ) from error
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is missing, so {file.parent} is not a Transformers checkpoint.") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected a JSON object; fetch it again.")
-    return content
-
-
 def _read_config(source: Path) -> dict:
-    config = _read_json(source / CONFIG_NAME)
+    config = read_json(source / CONFIG_NAME)
     model_type = config.get("model_type")
     if model_type == STTSMolmoConfig.model_type:
         raise ValueError(f"{source} is an STTS checkpoint already; load it as it is, there is nothing to convert.")
@@ -146,35 +121,11 @@ def _read_config(source: Path) -> dict:
     return config
 
 
-def _locate_tensors(source: Path) -> dict[str, Path]:
-    """Map each tensor's name to the safetensors file that holds it, having checked that each file is whole."""
-    index = source / SAFE_WEIGHTS_INDEX_NAME
-    files = {SAFE_WEIGHTS_NAME}
-    if index.is_file():
-        files = set(_read_json(index).get("weight_map", {}).values())
-    tensor_files = {}
-    for file in sorted(source / name for name in files):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                tensor_files |= dict.fromkeys(shard.keys(), file)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{file} is missing; the weights must be safetensors (save a PyTorch .bin checkpoint anew with "
-                "Transformers to get them)."
-            ) from error
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); fetch it again.") from error
-    return tensor_files
-
-
 def _load_on_meta(
     source: Path, config: dict, stts_config: STTSConfig, has_scorer: bool
 ) -> STTSMolmoForConditionalGeneration:
     """The model without its weights, once it is certain that `source` holds them all, in the right shapes."""
-    try:
-        config = STTSMolmoConfig.from_dict({**config, "stts_config": stts_config})
-    except StrictDataclassError as error:
-        raise ValueError(f"{source / CONFIG_NAME} is invalid: {error}") from error
+    config = make_config(STTSMolmoConfig, {**config, "stts_config": stts_config}, source)
     model, report = STTSMolmoForConditionalGeneration.from_pretrained(
         source,
         config=config,

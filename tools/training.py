@@ -1,5 +1,6 @@
 """Fine-tuning with the Transformers `Trainer`: batches of chats about videos, the paper's learning rates, logs."""
 
+import itertools
 import weakref
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from transformers import BatchFeature, ProcessorMixin, Trainer, TrainerCallback
 
-ANSWER = "\0"  # stands for an answer while a chat template is rendered
+from .prompts import render_prompt, texts_of
 
 # Writes a chat that `split_at_answers` took apart, and tells the processor where its answers are.
 ANSWERS_TEMPLATE = (
@@ -34,8 +35,8 @@ def split_at_answers(messages: list[dict], processor: ProcessorMixin) -> list[di
         (answer and end-of-turn token) in turn.
 
     Raises:
-        ValueError: the last message is not the assistant's, an answer contains a token of images or videos, or the
-            chat template leaves an answer out.
+        ValueError: the last message is not the assistant's, an answer contains a special token, or the chat template
+            leaves an answer out.
     """
     role = messages[-1]["role"] if messages else None
     if role != "assistant":
@@ -45,15 +46,20 @@ def split_at_answers(messages: list[dict], processor: ProcessorMixin) -> list[di
     messages = [{**message, "content": _content_parts(message["content"])} for message in messages]
     answers = ["".join(part["text"] for part in m["content"]) for m in messages if m["role"] == "assistant"]
     tokenizer = processor.tokenizer
-    vision_tokens = tokenizer.convert_ids_to_tokens(processor.image_token_ids)
-    for token in (*vision_tokens, processor.image_token, processor.video_token):
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in sorted(special | {processor.image_token, processor.video_token}):
         for answer in answers:
             if token in answer:
-                raise ValueError(f"The answer {answer!r} contains {token}, which the model cannot write; remove it.")
+                raise ValueError(
+                    f"The answer {answer!r} contains {token}, which is no text: it stands for a picture, or ends the "
+                    "turn, and what follows would be learnt as if the model had to say it. Remove it."
+                )
 
-    hidden = [{"type": "text", "text": ANSWER}]
-    turns = [{**m, "content": hidden} if m["role"] == "assistant" else m for m in messages[:-1]]
-    prompts = processor.apply_chat_template(turns, add_generation_prompt=True).split(ANSWER)
+    hidden = unused_text(messages)
+    turns = [
+        {**m, "content": [{"type": "text", "text": hidden}]} if m["role"] == "assistant" else m for m in messages[:-1]
+    ]
+    prompts = render_prompt(processor, turns).split(hidden)
     if len(prompts) != len(answers):
         raise ValueError(
             f"The chat template writes {len(prompts) - 1} of {len(answers) - 1} earlier answers; to train on all of "
@@ -71,6 +77,12 @@ def split_at_answers(messages: list[dict], processor: ProcessorMixin) -> list[di
         chat.append({"role": "assistant", "content": answer + tokenizer.eos_token})
         visuals = []
     return chat
+
+
+def unused_text(messages: list[dict]) -> str:
+    """A text that occurs nowhere in `messages`, to stand for an answer while a chat template is rendered."""
+    written = "".join(texts_of(messages))
+    return next(text for text in map("<answer {}>".format, itertools.count()) if text not in written)
 
 
 def chat_of(example: dict) -> list[dict]:
@@ -108,7 +120,8 @@ class VideoQACollator:
     parts in every turn.
 
     Raises:
-        ValueError: an example has no `messages`; also see [`split_at_answers`].
+        ValueError: an example has no `messages`, or truncation leaves none of its answers; also see
+            [`split_at_answers`].
 
     Example:
 
@@ -134,6 +147,12 @@ class VideoQACollator:
         ).convert_to_tensors("pt")
         is_answer = batch.pop("assistant_masks").bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_answer, -100)
+        for row, num_labels in enumerate(is_answer.sum(1).tolist()):
+            if not num_labels:
+                raise ValueError(
+                    f"Nothing is left to learn of example {row} of the batch: its answers are cut off after "
+                    f"{batch['attention_mask'][row].sum()} tokens. Raise max_length, or leave the truncation out."
+                )
         return batch
 
 
@@ -186,10 +205,12 @@ def log_aux_loss(trainer: Trainer) -> None:
     Raises:
         ValueError: `trainer` computes a loss of its own, in which there is no auxiliary one.
     """
-    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+    is_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None or is_trl:
         raise ValueError(
-            "With label_smoothing_factor or compute_loss_func the Trainer computes a loss of its own, without the "
-            "auxiliary one, and the scorer learns from the bias alone; leave them out."
+            "With label_smoothing_factor or compute_loss_func, and always in TRL, the trainer computes a loss of its "
+            "own, without the auxiliary one, and the scorer learns from the bias alone; leave them out, and use the "
+            "Trainer of Transformers."
         )
     # In front of the reporters (TensorBoard, wandb, ...), so that they see the value too.
     trainer.callback_handler.callbacks.insert(0, _AuxLossCallback(trainer))

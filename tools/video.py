@@ -13,6 +13,7 @@ from ..generation_stts_molmo import VIDEO_INPUTS
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..outputs_stts_molmo import STTSMolmoVideoFeatures
 from ..processing_stts_molmo import STTSMolmoProcessor
+from .prompts import render_prompt
 
 
 class Clip(NamedTuple):
@@ -41,7 +42,7 @@ def make_inputs(processor: STTSMolmoProcessor, clip: Clip, question: str, device
     """All inputs of the model for a question about a clip, which is resized on `device`."""
     content = [{"type": "video"}, {"type": "text", "text": question}]
     return processor(
-        text=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
+        text=render_prompt(processor, [{"role": "user", "content": content}]),
         videos=[clip.frames],
         video_metadata=[clip.metadata],
         do_sample_frames=False,

@@ -1,0 +1,1 @@
+../../saving_stts_molmo.py
