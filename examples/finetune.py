@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, Video, load_dataset
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.tools.publishing import inherited, write_card
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -131,6 +132,11 @@ def main(argv: list[str] | None = None) -> Trainer:
     log_aux_loss(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        name = None if Path(script.model).is_dir() else script.model
+        trained_on = f"{Path(script.dataset).name if Path(script.dataset).exists() else script.dataset}, split "
+        trained_on += f"{script.train_split}, {trainer.state.global_step} steps"
+        write_card(args.output_dir, **inherited(script.model, name), trained_on=trained_on)
     return trainer
 
 

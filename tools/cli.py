@@ -1,4 +1,4 @@
-"""Command line of stts-molmo: ask a question about a video, convert a checkpoint, look into one."""
+"""Command line of stts-molmo: ask a question about a video, convert a checkpoint, publish and look into one."""
 
 import dataclasses
 import importlib.metadata
@@ -240,6 +240,52 @@ def convert(
     if is_untrained:
         typer.echo(f"Its token scorer is new and not trained. {TRAIN_OR_COSINE}")
     typer.echo(f"Wrote {destination}. Next: stts-molmo inspect {shlex.quote(str(destination))}")
+
+
+@app.command()
+def publish(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Directory of an STTS checkpoint.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="Hub repository, as me/molmo2-4b-stts; made if it is not there.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that you alone see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="main")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON file of what was measured, as `stts-molmo eval` writes it, for the card.")
+    ] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Publish a scorer that was never trained.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, write its card, and upload nothing.")] = False,
+) -> None:
+    """
+    Put a checkpoint on the Hub, in one commit: code, weights, processor, tokenizer and model card.
+
+    It is loaded first as others will load it, with `trust_remote_code` and nothing of ours installed. A card that you
+    wrote yourself stays; else one is written from the checkpoint. Log in with `hf auth login` before.
+
+        stts-molmo publish molmo2-4b-stts me/molmo2-4b-stts --private
+    """
+    with readable_errors():
+        with libraries():
+            from .publishing import publish_checkpoint
+
+        files, address = publish_checkpoint(
+            checkpoint,
+            repo_id,
+            private=private,
+            revision=revision,
+            results=results,
+            allow_untrained=allow_untrained,
+            dry_run=dry_run,
+        )
+        sizes = {file.name: file.stat().st_size for file in files}
+    width = max(map(len, sizes))
+    for name, size in sizes.items():
+        typer.echo(f"{name:<{width}} {size:>15,} bytes")
+    typer.echo(
+        f"Published {address}." if address else f"Not published: --dry-run. Its card is {checkpoint / 'README.md'}."
+    )
 
 
 @app.command()

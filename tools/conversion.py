@@ -17,8 +17,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
 from ..processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
+from .publishing import inherited, write_card
 
-SOURCE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+SOURCE_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 COPY_BYTES = 16 * 2**20
 
@@ -75,7 +76,7 @@ def convert_checkpoint(
         raise FileExistsError(f"{destination} is the current directory; name a new one below it.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty directory; choose another or remove it.")
-    source = _fetch(source, revision)
+    name, source = (None if Path(source).is_dir() else str(source)), _fetch(source, revision)
     config = _read_config(source)
     tensor_files = _locate_tensors(source)
     renames = {name: ours for name in tensor_files if (ours := rename_authors_tensor(name)) != name}
@@ -93,6 +94,7 @@ def convert_checkpoint(
         model.save_pretrained(folder, state_dict=scorer, save_original_format=True)  # as the rest is named
         _write_processor(source, folder)
         _write_weights(tensor_files, renames, folder, progress)
+        write_card(folder, **inherited(source, name))
         os.replace(folder, destination)
     return destination
 
