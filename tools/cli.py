@@ -293,17 +293,25 @@ def inspect(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Directory or Hub id of an STTS or Molmo2 checkpoint.")
     ],
+    plan: Annotated[
+        str | None, typer.Option(help="What training takes instead: on `8xh100`, `h100` or `24gb`, a 24 GB card.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Of each video, with --plan.")] = 64,
+    prune_ratio: Annotated[float | None, typer.Option(help="With --plan; the checkpoint's own when not given.")] = None,
 ) -> None:
     """
     Say what a checkpoint is and how many tokens it spends on a video, without loading its weights.
 
         stts-molmo inspect molmo2-4b-stts
+
+        stts-molmo inspect molmo2-4b-stts --plan h100 --frames 128
     """
     with readable_errors():
         with libraries():
             from .checkpoint import describe_checkpoint
+            from .planning import plan_checkpoint
 
-        lines = describe_checkpoint(checkpoint)
+        lines = plan_checkpoint(checkpoint, plan, frames, prune_ratio) if plan else describe_checkpoint(checkpoint)
     width = max(map(len, lines))
     for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {value}")
