@@ -79,7 +79,7 @@ def test_plan_of_molmo2_4b(molmo2_4b):
         assert lines["train"].startswith("6250 steps of 64 rows of 9686 tokens (known")
         for name in ("train, time", "evaluate"):
             assert lines[name].endswith("(estimated)")
-        assert "fits" in lines["train, memory"]
+        assert lines["train, memory"].endswith(": fits")
     hours = {name: float(lines["train, time"].split()[0]) for name, lines in plans.items()}
     assert hours["h100"] == pytest.approx(hours["8xh100"] * 8 * 3 / 4, rel=0.01)  # no gradient of frozen weights
     more = plan(config, parameters, MACHINES["h100"], prune_ratio=0)

@@ -23,7 +23,8 @@ class Machine(NamedTuple):
     gigabytes: memory of each GPU.
     teraflops: dense bfloat16 products a second of each, as its maker states them.
     price: of a GPU for an hour in US dollars, assumed.
-    lora: adapters instead of all weights.
+    frozen_bytes: of each weight of the language model where adapters are trained beside it, in bfloat16 or, with its
+        scales, in four bits; `None` where all weights are trained.
     """
 
     name: str
@@ -31,13 +32,17 @@ class Machine(NamedTuple):
     gigabytes: int
     teraflops: float
     price: float
-    lora: bool
+    frozen_bytes: float | None
+
+    @property
+    def lora(self) -> bool:
+        return self.frozen_bytes is not None
 
 
 MACHINES = {
-    "8xh100": Machine("8 x H100, all weights", 8, 80, 989, 3.0, False),
-    "h100": Machine("1 x H100, LoRA", 1, 80, 989, 3.0, True),
-    "24gb": Machine("1 x 24 GB (RTX 4090), LoRA", 1, 24, 165, 0.5, True),
+    "8xh100": Machine("8 x H100, all weights", 8, 80, 989, 3.0, None),
+    "h100": Machine("1 x H100, LoRA", 1, 80, 989, 3.0, 2.0),
+    "24gb": Machine("1 x 24 GB (RTX 4090), LoRA in 4 bits", 1, 24, 165, 0.5, 0.56),
 }
 
 
@@ -75,13 +80,13 @@ def video_shape(frames: int, text: int = TEXT) -> Shape:
 
 def weight_bytes(parameters: Parameters, machine: Machine, config: STTSMolmoConfig) -> float:
     """
-    Weights, gradients and AdamW's moments on each GPU: 16 bytes for each trained weight, shared by the GPUs, and 2 for
-    each frozen one, on each of them whole.
+    Weights, gradients and AdamW's moments on each GPU: 16 bytes for each trained weight, shared by the GPUs; frozen ones
+    are on each of them whole.
     """
     if not machine.lora:
         return 16 * sum(parameters) / machine.gpus
     trained = parameters.scorer + lora_parameters(config)
-    return 16 * trained / machine.gpus + 2 * (parameters.language + parameters.vision)
+    return 16 * trained / machine.gpus + machine.frozen_bytes * parameters.language + 2 * parameters.vision
 
 
 def activation_bytes(config: STTSMolmoConfig, row_tokens: int, num_frames: int) -> float:
@@ -132,7 +137,7 @@ def plan(
     weights = weight_bytes(parameters, machine, config) / 1e9
     activations = activation_bytes(config, row_tokens, videos * frames) / 1e9
     need = weights + activations
-    fits = "fits" if need < 0.9 * machine.gigabytes else "does not fit: take fewer frames, or --load_in_4bit"
+    fits = "fits" if need < 0.9 * machine.gigabytes else "does not fit: take fewer frames or shorter rows"
     checkpoint = 2 * sum(parameters) / 1e9
     kept = num_kept_tokens(frames, tokens_per_frame, prune_ratio)
     return {
