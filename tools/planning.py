@@ -80,8 +80,8 @@ def video_shape(frames: int, text: int = TEXT) -> Shape:
 
 def weight_bytes(parameters: Parameters, machine: Machine, config: STTSMolmoConfig) -> float:
     """
-    Weights, gradients and AdamW's moments on each GPU: 16 bytes for each trained weight, shared by the GPUs; frozen ones
-    are on each of them whole.
+    Weights, gradients and AdamW's moments on each GPU: 16 bytes for each trained weight, shared by the GPUs; frozen
+    ones are on each of them whole.
     """
     if not machine.lora:
         return 16 * sum(parameters) / machine.gpus
