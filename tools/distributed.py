@@ -99,5 +99,10 @@ def save_sharded(model: STTSMolmoForConditionalGeneration, folder: str | os.Path
     """Write a sharded model as a checkpoint like any other; all processes must call it."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+        sharded = type(model)  # of torch's, whose sources would be saved in place of ours
+        model.__class__ = next(base for base in sharded.__mro__ if not base.__module__.startswith("torch."))
+        try:
+            model.save_pretrained(folder, state_dict=state)
+        finally:
+            model.__class__ = sharded
     dist.barrier()
