@@ -1,6 +1,7 @@
-.PHONY: demo test test-oldest lint
+.PHONY: demo test test-extras test-oldest lint
 
 CLIP ?= examples/clips/quiet.mp4
+EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py
 QUESTION ?= What color is the still shape?
 
 demo: .venv/.core
@@ -8,6 +9,10 @@ demo: .venv/.core
 
 test: .venv/.test
 	.venv/bin/python -m pytest
+
+# What only some want, each in tests of its own, which `make test` skips where they are not installed.
+test-extras: .venv-extras/.test
+	.venv-extras/bin/python -m pytest $(EXTRA_TESTS)
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest
@@ -31,6 +36,12 @@ unexport PYTHONDONTWRITEBYTECODE
 .venv/.test: .venv/bin/python setup.py pyproject.toml
 	.venv/bin/pip install --no-compile --editable ".[test]"
 	touch $@ .venv/.core
+
+# In an environment of its own: extras may want other versions than the rest.
+.venv-extras/.test: setup.py pyproject.toml
+	python3 -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --no-compile --editable ".[test,lora,trl]"
+	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.
 .venv-oldest/.test: setup.py pyproject.toml

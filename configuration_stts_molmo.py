@@ -19,6 +19,19 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_stts_molmo.STTSMolmoForConditionalGeneration",
 }
 
+# How the language model is split over devices with `tp_plan="auto"`; vision tower and scorer are on each of them whole.
+TEXT_TP_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
 
 def is_remote_code(module_name: str) -> bool:
     """
@@ -274,6 +287,7 @@ class STTSMolmoConfig(Molmo2Config):
         if not isinstance(self.stts_config, PreTrainedConfig):
             self.stts_config = STTSConfig(**(self.stts_config or {}))
         super().__post_init__(**kwargs)
+        self.text_config.base_model_tp_plan = TEXT_TP_PLAN
         # Saving adds one entry per class at most; a model class that several Auto classes load needs them all.
         self.auto_map = dict(AUTO_MAP)
         validate_layers(self)

@@ -7,6 +7,11 @@ README = Path(__file__).parent / "README.md"
 # One a line: `make test-oldest` runs the suite with the lower bounds, `make test` with what is newest. An upper bound
 # is for what is known to break, and for what `make lint` runs: a newer release finds other faults.
 TRAIN = ["datasets>=4.7"]
+LORA = [
+    "bitsandbytes>=0.49",
+    "peft>=0.18",
+]
+TRL = ["trl>=1.5"]
 TEST = [
     *TRAIN,
     "hypothesis>=6.100",
@@ -16,7 +21,7 @@ TEST = [
     "ruff>=0.17,<0.18",
     "setuptools>=77.0.3",
     "tokenizers>=0.23.1",
-    "trl>=1.5",
+    *TRL,
 ]
 
 setup(
@@ -48,6 +53,6 @@ setup(
         "transformers[chat-template,vision]>=5.20.2,<6",
         "typer>=0.24",
     ],
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"train": TRAIN, "lora": LORA, "trl": TRL, "test": TEST},
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
 )

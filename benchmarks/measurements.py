@@ -14,13 +14,13 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.tools.operations import grid_sizes
 
 from .common import ROOT, markdown_table
 from .quality.plot import draw_ratios
 from .quality.scenes import FIRST_SEED
 from .quality.tables import PAPER, Study, accuracy_summary
 from .quality.tables import all_tables as quality_tables
-from .speed.operations import grid_sizes
 from .speed.plot import plot
 from .speed.presets import PAPER_SHAPES
 from .speed.tables import all_tables as speed_tables

@@ -9,6 +9,11 @@ On the bundled clips, and on eight GPUs:
         --output_dir runs/molmo2 --bf16 --gradient_checkpointing --per_device_train_batch_size 1 \\
         --gradient_accumulation_steps 8 --dataloader_num_workers 4 --save_steps 500
 
+On one card of 24 GB, adapters only, and with the language model in four bits (`pip install 'stts-molmo[lora]'`):
+
+    python examples/finetune.py --model molmo2-4b-stts --dataset my_videos.jsonl --output_dir runs/lora \\
+        --lora --load_in_4bit --bf16 --gradient_checkpointing --learning_rate 1e-4
+
 Besides the flags below it takes all of the Trainer's. Defaults are those of the paper (section 4.1).
 """
 
@@ -20,6 +25,7 @@ import torch
 from datasets import Dataset, Video, load_dataset
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.tools.publishing import inherited, write_card
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -39,6 +45,23 @@ class ScriptArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on, such as 'train[95%%:]'."})
     num_frames: int | None = field(default=None, metadata={"help": "Most frames of a video; else the checkpoint's."})
     prune_ratio: float | None = field(default=None, metadata={"help": "Share of tokens to drop; else the checkpoint's"})
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pack the samples of a batch into rows of at most so many tokens, counted after pruning; the paper "
+            "has 9686. Else each sample is a row, padded to the longest."
+        },
+    )
+    lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train adapters of the language model and the token scorer alone. `output_dir`/adapter gets "
+            "these, `output_dir` a checkpoint with them merged in."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "With --lora, the language model in four bits while it is trained."}
+    )
     vision_learning_rate: float = field(default=5e-6, metadata={"help": "Learning rate of the ViT and the connector."})
     scorer_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the token scorer."})
 
@@ -106,16 +129,49 @@ def locate_file(file, folder: Path):
     return str(folder / file) if isinstance(file, str) and "://" not in file else file
 
 
-def main(argv: list[str] | None = None) -> Trainer:
-    script, args = HfArgumentParser((ScriptArguments, FinetuneArguments)).parse_args_into_dataclasses(argv)
-    processor = STTSMolmoProcessor.from_pretrained(script.model)
-    # In float32 also with --bf16: steps as small as these learning rates make are lost on bfloat16 weights.
-    model = STTSMolmoForConditionalGeneration.from_pretrained(script.model, dtype=torch.float32)
-    if script.num_frames is not None:
-        processor.video_processor.num_frames = script.num_frames  # saved with the processor
+def load_model(script: ScriptArguments, **kwargs) -> STTSMolmoForConditionalGeneration:
+    model = STTSMolmoForConditionalGeneration.from_pretrained(script.model, **kwargs)
     if script.prune_ratio is not None:
         model.config.stts_config.prune_ratio = script.prune_ratio
         model.config.stts_config.max_vision_tokens = None  # would count in its place
+    return model
+
+
+def load_trainable(script: ScriptArguments, bf16: bool) -> torch.nn.Module:
+    if script.load_in_4bit and not script.lora:
+        raise ValueError("--load_in_4bit freezes the language model's weights; pass --lora with it to train adapters.")
+    if not script.lora:
+        # In float32 also with --bf16: steps as small as these learning rates make are lost on bfloat16 weights.
+        return load_model(script, dtype=torch.float32)
+    from stts_molmo.tools.adapters import add_adapters, four_bit_language_model
+
+    quantization = {"quantization_config": four_bit_language_model()} if script.load_in_4bit else {}
+    return add_adapters(load_model(script, dtype=torch.bfloat16 if bf16 else torch.float32, **quantization))
+
+
+def save(trainer: Trainer, script: ScriptArguments) -> None:
+    """A checkpoint with its card; of adapters two, alone and merged."""
+    output = Path(trainer.args.output_dir)
+    trainer.save_model(str(output / "adapter") if script.lora else None)
+    if not trainer.is_world_process_zero():
+        return
+    if script.lora:
+        from stts_molmo.tools.adapters import merge_adapters
+
+        merge_adapters(load_model(script, dtype="auto"), output / "adapter").save_pretrained(output)
+        trainer.processing_class.save_pretrained(output)
+    dataset = Path(script.dataset).name if Path(script.dataset).exists() else script.dataset
+    trained_on = f"{dataset}, split {script.train_split}, {trainer.state.global_step} steps"
+    name = None if Path(script.model).is_dir() else script.model
+    write_card(output, **inherited(script.model, name), trained_on=trained_on)
+
+
+def main(argv: list[str] | None = None) -> Trainer:
+    script, args = HfArgumentParser((ScriptArguments, FinetuneArguments)).parse_args_into_dataclasses(argv)
+    processor = STTSMolmoProcessor.from_pretrained(script.model)
+    if script.num_frames is not None:
+        processor.video_processor.num_frames = script.num_frames  # saved with the processor
+    model = load_trainable(script, args.bf16)
     groups = parameter_groups(
         model, args.learning_rate, script.vision_learning_rate, script.scorer_learning_rate, args.weight_decay
     )
@@ -124,13 +180,13 @@ def main(argv: list[str] | None = None) -> Trainer:
         args,
         train_dataset=load_chats(script.dataset, script.train_split),
         eval_dataset=load_chats(script.dataset, script.eval_split) if script.eval_split else None,
-        data_collator=VideoQACollator(processor),
+        data_collator=VideoQACollator(processor, max_length=script.max_length, stts_config=model.config.stts_config),
         processing_class=processor,
         optimizers=(torch.optim.AdamW(groups), None),
     )
     log_aux_loss(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    save(trainer, script)
     return trainer
 
 

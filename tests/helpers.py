@@ -11,6 +11,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.repocard import metadata_load
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
@@ -414,6 +415,9 @@ class HubHandler(BaseHTTPRequestHandler):
                 return self.reply(json.dumps(entries).encode(), Content_Type="application/json")
             siblings = [{"rfilename": file.name} for file in files]
             info = {"id": "team/clips-qa", "sha": self.commit, "siblings": siblings, "private": False, "tags": []}
+            if (self.root / "README.md").exists():  # the Hub takes these from the card
+                card = metadata_load(self.root / "README.md") or {}
+                info |= {name: card[name] for name in ("pipeline_tag", "library_name") if name in card}
             return self.reply(json.dumps(info).encode(), Content_Type="application/json")
         name = path.rpartition("/")[2]
         if path.startswith("/team/clips-qa/resolve/") and name in {file.name for file in files}:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from stts_molmo.attention_stts_molmo import torch_attention_pool
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.tools.operations import Shape, attention, forward_operations, language_layer, vision_layer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import torch_threads
@@ -15,7 +16,6 @@ from benchmarks.speed.bench import VIT_STAGES
 from benchmarks.speed.measuring import CpuClock, WallClock, describe, ratios, take_turns
 from benchmarks.speed.memory import peak_rss
 from benchmarks.speed.models import build_models, call, encode, encode_training_step, make_inputs
-from benchmarks.speed.operations import Shape, attention, forward_operations, language_layer, vision_layer
 from benchmarks.speed.plot import plot
 from benchmarks.speed.pooling import sdpa_pool
 from benchmarks.speed.presets import HALF, NATIVE, PRESETS, ROWS, UNPRUNED
@@ -47,6 +47,7 @@ def test_every_section_has_its_rows(result):
     assert stages >= {"decode sampled frames", "decode every frame", "preprocess", "decode beside preprocess"}
     assert rows["ask"] == {"k=0", "k=0.5"}
     assert rows["pooling"] == {"SDPA", "torch"}
+    assert rows["packing"] == {"packed", "unpacked"}
 
 
 def test_a_table_for_every_section_that_is_no_plot(result):

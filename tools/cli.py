@@ -1,4 +1,4 @@
-"""Command line of stts-molmo: ask a question about a video, convert a checkpoint, look into one."""
+"""Command line of stts-molmo: ask a question about a video, convert a checkpoint, publish and look into one."""
 
 import dataclasses
 import importlib.metadata
@@ -243,21 +243,75 @@ def convert(
 
 
 @app.command()
+def publish(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Directory of an STTS checkpoint.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="Hub repository, as me/molmo2-4b-stts; made if it is not there.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that you alone see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="main")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON file of what was measured, as `stts-molmo eval` writes it, for the card.")
+    ] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Publish a scorer that was never trained.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it, write its card, and upload nothing.")] = False,
+) -> None:
+    """
+    Put a checkpoint on the Hub, in one commit: code, weights, processor, tokenizer and model card.
+
+    It is loaded first as others will load it, with `trust_remote_code` and nothing of ours installed. A card that you
+    wrote yourself stays; else one is written from the checkpoint. Log in with `hf auth login` before.
+
+        stts-molmo publish molmo2-4b-stts me/molmo2-4b-stts --private
+    """
+    with readable_errors():
+        with libraries():
+            from .publishing import publish_checkpoint
+
+        files, address = publish_checkpoint(
+            checkpoint,
+            repo_id,
+            private=private,
+            revision=revision,
+            results=results,
+            allow_untrained=allow_untrained,
+            dry_run=dry_run,
+        )
+        sizes = {file.name: file.stat().st_size for file in files}
+    width = max(map(len, sizes))
+    for name, size in sizes.items():
+        typer.echo(f"{name:<{width}} {size:>15,} bytes")
+    typer.echo(
+        f"Published {address}." if address else f"Not published: --dry-run. Its card is {checkpoint / 'README.md'}."
+    )
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="Directory or Hub id of an STTS or Molmo2 checkpoint.")
     ],
+    plan: Annotated[
+        str | None, typer.Option(help="What training takes instead: on `8xh100`, `h100` or `24gb`, a 24 GB card.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Of each video, with --plan.")] = 64,
+    prune_ratio: Annotated[float | None, typer.Option(help="With --plan; the checkpoint's own when not given.")] = None,
 ) -> None:
     """
     Say what a checkpoint is and how many tokens it spends on a video, without loading its weights.
 
         stts-molmo inspect molmo2-4b-stts
+
+        stts-molmo inspect molmo2-4b-stts --plan h100 --frames 128
     """
     with readable_errors():
         with libraries():
             from .checkpoint import describe_checkpoint
+            from .planning import plan_checkpoint
 
-        lines = describe_checkpoint(checkpoint)
+        lines = plan_checkpoint(checkpoint, plan, frames, prune_ratio) if plan else describe_checkpoint(checkpoint)
     width = max(map(len, lines))
     for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {value}")

@@ -17,6 +17,7 @@ from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
 from ..processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
 from .checkpoint import make_config
 from .files import fetch, locate_tensors, read_json
+from .publishing import inherited, write_card
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 COPY_BYTES = 16 * 2**20
@@ -74,7 +75,7 @@ def convert_checkpoint(
         raise FileExistsError(f"{destination} is the current directory; name a new one below it.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty directory; choose another or remove it.")
-    source = fetch(source, revision)
+    name, source = (None if Path(source).is_dir() else str(source)), fetch(source, revision)
     config = _read_config(source)
     tensor_files = {name: tensor.file for name, tensor in locate_tensors(source).items()}
     renames = {name: ours for name in tensor_files if (ours := rename_authors_tensor(name)) != name}
@@ -92,6 +93,7 @@ def convert_checkpoint(
         model.save_pretrained(folder, state_dict=scorer, save_original_format=True)  # as the rest is named
         _write_processor(source, folder)
         _write_weights(tensor_files, renames, folder, progress)
+        write_card(folder, **inherited(source, name))
         os.replace(folder, destination)
     return destination
 

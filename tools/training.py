@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import BatchFeature, ProcessorMixin, Trainer, TrainerCallback
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin, Trainer, TrainerCallback
 
+from ..attention_stts_molmo import first_fit_descending
+from ..pruning_stts_molmo import num_kept_tokens
 from .prompts import render_prompt, texts_of
 
 # Writes a chat that `split_at_answers` took apart, and tells the processor where its answers are.
@@ -111,6 +113,10 @@ class VideoQACollator:
     Args:
         processor: an [`STTSMolmoProcessor`], left as it is.
         processor_kwargs: further arguments of its calls, such as `{"num_frames": 32}`.
+        max_length: pack the samples of a batch into rows of at most so many tokens, as the paper does (9686 of them).
+            Tokens count that the language model runs on, after pruning: they are what its memory and time go by, and
+            how many there will be is known before any score is.
+        stts_config: the model's, which says how much is pruned; for `max_length` alone, and `None` for nothing pruned.
 
     Calling it with a list of examples `{"messages": [...]}`, each a chat that ends with the assistant's answer, gives
     what the processor returns, padded on the right, and `labels`: int64 `(batch, sequence)`, the ids of each answer of
@@ -119,8 +125,12 @@ class VideoQACollator:
     A content is a text or a list of parts. In a `datasets.Dataset`, whose columns have one type each, it is a list of
     parts in every turn.
 
+    Packed rows come without `attention_mask`, with `position_ids` that begin anew with each sample: the model then
+    keeps samples apart. Which of them share a row changes no loss and no gradient.
+
     Raises:
-        ValueError: an example has no `messages`, or truncation leaves none of its answers; also see
+        ValueError: an example has no `messages`, a sample is longer than `max_length`, or truncation leaves none of its
+            answers; also see
             [`split_at_answers`].
 
     Example:
@@ -135,10 +145,19 @@ class VideoQACollator:
 
     processor: ProcessorMixin
     processor_kwargs: dict = field(default_factory=dict)
+    max_length: int | None = None
+    stts_config: PreTrainedConfig | None = None
 
     def __call__(self, examples: list[dict]) -> BatchFeature:
+        chats = [split_at_answers(chat_of(example), self.processor) for example in examples]
+        if self.max_length is None:
+            return self.collate(chats)
+        return pack_samples([self.collate([chat]) for chat in chats], self.max_length, self.stts_config)
+
+    def collate(self, chats: list[list[dict]]) -> BatchFeature:
+        """What the processor returns for chats that [`split_at_answers`] took apart, and `labels`."""
         batch = self.processor.apply_chat_template(
-            [split_at_answers(chat_of(example), self.processor) for example in examples],
+            chats,
             chat_template=ANSWERS_TEMPLATE,
             tokenize=True,
             return_dict=True,
@@ -154,6 +173,76 @@ class VideoQACollator:
                     f"{batch['attention_mask'][row].sum()} tokens. Raise max_length, or leave the truncation out."
                 )
         return batch
+
+
+# What a batch holds for each position, and what stands where a row is shorter than the longest one.
+ALIGNED = {"input_ids": 0, "mm_token_type_ids": 0, "position_ids": 0, "labels": -100}
+
+
+def length_after_pruning(sample: BatchFeature, stts_config: PreTrainedConfig | None) -> int:
+    """Tokens of a batch of one that the language model runs on in training."""
+    length = sample["input_ids"].shape[1]
+    if stts_config is None or "video_grids" not in sample:
+        return length
+    pruning = stts_config.pruning()
+    for frames, rows, columns in sample["video_grids"].tolist():
+        kept = num_kept_tokens(frames, rows * columns, pruning.prune_ratio, pruning.max_vision_tokens)
+        length -= frames * rows * columns - kept
+    return length
+
+
+def pack_samples(
+    samples: list[BatchFeature], max_length: int, stts_config: PreTrainedConfig | None = None
+) -> BatchFeature:
+    """
+    Pack samples into rows, the longest first, each into the first row with room for it.
+
+    Args:
+        samples: batches of one, without padding.
+        max_length: tokens of a row after pruning.
+        stts_config: how much is pruned; nothing when not given.
+
+    Returns:
+        `input_ids`, `mm_token_type_ids`, `position_ids` and `labels`: int64 `(rows, sequence)`, and images and videos
+        in the order of their placeholders. What pads a shorter row is a sample of its own, without labels.
+
+    Raises:
+        ValueError: a sample is longer than `max_length`.
+    """
+    lengths = [length_after_pruning(sample, stts_config) for sample in samples]
+    if max(lengths) > max_length:
+        raise ValueError(
+            f"A sample has {max(lengths)} tokens after pruning, more than a row of max_length={max_length}; raise it, "
+            "or take fewer frames or a higher prune_ratio."
+        )
+    bins = first_fit_descending(lengths, max_length)
+    in_bin = [[i for i, b in enumerate(bins.assignment) if b == index] for index in range(bins.num_bins)]
+    rows = [sorted(members, key=bins.offsets.__getitem__) for members in in_bin]
+    for sample in samples:
+        sample["position_ids"] = torch.arange(sample["input_ids"].shape[1])[None]
+        sample["labels"][:, 0] = -100  # nothing of its own sample stands before it
+    batch = {}
+    width = max(sum(samples[i]["input_ids"].shape[1] for i in row) for row in rows)
+    for name, fill in ALIGNED.items():
+        joined = [torch.cat([samples[i][name][0] for i in row]) for row in rows]
+        pads = [width - len(values) for values in joined]
+        tails = [torch.arange(n) if name == "position_ids" else torch.full((n,), fill) for n in pads]
+        batch[name] = torch.stack([torch.cat(pair) for pair in zip(joined, tails, strict=True)])
+    return BatchFeature(batch | join_media([samples[i] for row in rows for i in row]))
+
+
+def join_media(samples: list[BatchFeature]) -> dict[str, torch.Tensor]:
+    """The images and videos of batches, one after the other, whose pooling indices point into all their patches."""
+    media, num_patches = {}, 0
+    for sample in samples:
+        for name in sample.keys() - ALIGNED.keys() - {"attention_mask"}:
+            value = sample[name]
+            if name.endswith("_token_pooling"):
+                value = torch.where(value >= 0, value + num_patches, value)
+            media.setdefault(name, []).append(value)
+        # Images and videos of one batch cannot be mixed, so one count serves both.
+        num_patches += sum(sample[name].shape[:-1].numel() for name in sample if name.startswith("pixel_values"))
+    return {name: torch.cat(values) for name, values in media.items()}
 
 
 def parameter_groups(

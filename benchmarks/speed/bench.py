@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.tools.operations import Shape, forward_operations
 
 from .measuring import CpuClock, CudaClock, describe, take_turns
 from .models import Models, make_inputs
-from .operations import Shape, forward_operations
 from .presets import Preset, Row
 
 VIT_STAGES = ("early_vit", "score", "late_vit", "adapter")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.tools.operations import Shape, grid_sizes
 
-from .operations import Shape, grid_sizes
 from .presets import NATIVE, UNPRUNED, Row
 
 

@@ -7,11 +7,11 @@ from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.outputs_stts_molmo import STTSMolmoVideoFeatures
 from stts_molmo.pruning_stts_molmo import num_kept_tokens, select_tokens
+from stts_molmo.tools.operations import Shape, grid_sizes
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from transformers.models.molmo2.video_processing_molmo2 import arange_for_pooling
 
 from ..common import init_by_fan_in, split_video
-from .operations import Shape, grid_sizes
 from .presets import Preset, Row
 
 SEED = 0

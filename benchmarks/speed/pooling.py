@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from stts_molmo.attention_stts_molmo import attention_pool, torch_attention_pool
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.tools.operations import grid_sizes
 
 from .bench import Bench
 from .measuring import ratios, take_turns
-from .operations import grid_sizes
 
 
 def sdpa_pool(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

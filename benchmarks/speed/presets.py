@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-
-from .operations import Shape
+from stts_molmo.tools.operations import Shape
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Preset:
     growth_ratios: tuple[float, ...]
     parity_rounds: int
     clip_seconds: tuple[int, ...]
+    packing: tuple[Shape, ...]
 
 
 def scaled_shape(frames: int, videos: int = 1) -> Shape:
@@ -109,6 +109,7 @@ PRESETS = {
         growth_ratios=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
         parity_rounds=5,
         clip_seconds=(20, 120),
+        packing=tuple(Shape(1, frames, 64, 10 * frames) for frames in (64, 8, 16, 32, 8, 16, 64, 8)),
     ),
     "cpu": Preset(
         config=narrow_config(
@@ -128,6 +129,7 @@ PRESETS = {
         growth_ratios=(0.0, 0.3, 0.5, 0.7, 0.9),
         parity_rounds=31,
         clip_seconds=(20, 120),
+        packing=tuple(map(scaled_shape, (16, 2, 4, 8, 2, 4, 16, 2))),
     ),
     "dry-run": Preset(
         config=narrow_config(
@@ -147,5 +149,6 @@ PRESETS = {
         growth_ratios=(0.0, 0.5),
         parity_rounds=1,
         clip_seconds=(2,),
+        packing=tuple(map(scaled_shape, (4, 1, 2, 1))),
     ),
 }

@@ -9,6 +9,7 @@ from .bench import VIT_STAGES, Bench
 from .decoding import measure_clip
 from .memory import measure_memory
 from .models import encode_step, encode_training_step, generate, prefill_step, training_step
+from .packing import measure_packing
 from .pooling import measure_pooling
 from .presets import HALF, NATIVE, ROWS, UNPRUNED, Row
 from .stages import measure_stages
@@ -86,5 +87,6 @@ SECTIONS = {
     "clip": measure_clip,
     "ask": measure_ask,
     "parity": measure_parity,
+    "packing": measure_packing,
     "memory": measure_memory,
 }

@@ -132,6 +132,17 @@ def pooling_table(records: list[dict]) -> str:
     return markdown_table([f"pooling {chosen[0]['blocks']} blocks", "milliseconds", "speed, SDPA is 1"], rows)
 
 
+def packing_table(records: list[dict]) -> str:
+    """A training step on samples of different lengths."""
+    rows = []
+    for record in records:
+        if record["section"] == "packing":
+            speed = record["speedup_over_unpacked"]
+            seconds = f"{record['seconds']['median']:.2f}" if "seconds" in record else "failed"
+            rows.append([record["name"], str(record["rows"]), seconds, f"{speed['median']:.2f}" if speed else ""])
+    return markdown_table(["training step, videos of different lengths", "rows", "s", "speed, unpacked = 1"], rows)
+
+
 def clip_table(records: list[dict]) -> str:
     """Reading video files; frames a second are those of the file."""
     rows = [
@@ -176,6 +187,7 @@ TABLES = {
     "memory": (memory_table, ("memory",)),
     "ask": (ask_table, ("ask",)),
     "pooling": (pooling_table, ("pooling",)),
+    "packing": (packing_table, ("packing",)),
     "growth": (growth_table, ("growth with frames",)),
     "clip": (clip_table, ("clip",)),
 }

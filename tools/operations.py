@@ -7,7 +7,7 @@ the last language layer and the logits at positions that nobody reads, masked pa
 
 from dataclasses import dataclass
 
-from stts_molmo.pruning_stts_molmo import num_kept_tokens
+from ..pruning_stts_molmo import num_kept_tokens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""Adapters and quantization: twenty steps, saved, loaded, merged, with the same answers; and what is refused.
+
+Runs where the extra `lora` is installed (`make test-extras`).
+"""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from helpers import CLIP, ROOT, TINY, load_processor
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
+from stts_molmo.tools.training import VideoQACollator
+
+MISSING = "the extra `lora` is not installed; make test-extras runs this"
+PeftModel = pytest.importorskip("peft", reason=MISSING).PeftModel
+adapters = pytest.importorskip("stts_molmo.tools.adapters", reason=MISSING)
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("finetune", ROOT / "examples" / "finetune.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["finetune"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_tiny(**kwargs):
+    return STTSMolmoForConditionalGeneration.from_pretrained(TINY, **kwargs).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    content = [{"type": "video", "path": CLIP}, {"type": "text", "text": "What color is the still shape?"}]
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    return VideoQACollator(load_processor(), {"num_frames": 4})([{"messages": chat}] * 2)
+
+
+@torch.no_grad()
+def logits(model, batch):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return model(**inputs, logits_to_keep=0).logits
+
+
+FLAGS = ["--model", str(TINY), "--dataset", str(ROOT / "examples" / "finetune.jsonl"), "--use_cpu", "--lora"]
+FLAGS += ["--num_frames", "4", "--learning_rate", "1e-3", "--warmup_steps", "1", "--disable_tqdm", "True"]
+
+
+def test_twenty_steps_saved_loaded_and_merged_give_the_same_answers(tmp_path, batch):
+    before = load_tiny().state_dict()
+    arguments = [*FLAGS, "--output_dir", str(tmp_path), "--max_steps", "20", "--logging_steps", "1"]
+    trainer = load_script().main([*arguments, "--prune_ratio", "0.4"])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 20 and sum("aux_loss" in entry for entry in trainer.state.log_history) == 20
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "token_scorer.modules_to_save" in name for name in trained)
+    assert not any("vision_tower" in name and "lora_" in name for name in trained)
+    assert any("token_scorer" in name for name in trained) and any("lora_" in name for name in trained)
+
+    expected = logits(trainer.model.eval(), batch)
+    base = load_tiny()
+    base.config.stts_config.prune_ratio = 0.4
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=1e-5, atol=1e-5)
+
+    merged = STTSMolmoForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert merged.config.stts_config.prune_ratio == 0.4
+    torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-4, atol=1e-4)
+    after = merged.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert all("language_model.layers" in name or "token_scorer" in name for name in changed)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} >= {"q_proj", "down_proj", "fc1"}
+    assert "20 steps" in (tmp_path / "README.md").read_text()
+
+
+def test_four_bits_train(tmp_path):
+    pytest.importorskip("bitsandbytes", reason=MISSING)
+    arguments = [*FLAGS, "--output_dir", str(tmp_path), "--max_steps", "3", "--logging_steps", "1", "--load_in_4bit"]
+    trainer = load_script().main(arguments)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+    adapters.check_quantized(trainer.model.get_base_model())
+    moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()]
+    assert moved  # they begin as zeros
+    merged = STTSMolmoForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(p.is_floating_point() for p in merged.parameters())
+
+
+def test_four_bits_without_adapters_are_refused(tmp_path):
+    flags = [flag for flag in FLAGS if flag != "--lora"]
+    with pytest.raises(ValueError, match="pass --lora with it"):
+        load_script().main([*flags, "--output_dir", str(tmp_path), "--load_in_4bit"])
+
+
+def test_a_skip_list_that_names_nothing_is_refused():
+    pytest.importorskip("bitsandbytes", reason=MISSING)
+    config = adapters.four_bit_language_model()
+    config.llm_int8_skip_modules = ["vision_tower", "multi_modal_projector", "lm_head"]
+    with pytest.raises(ValueError, match=r"model\.vision_tower\.\S+ was quantized; skip what is not"):
+        adapters.add_adapters(load_tiny(quantization_config=config))
+
+
+def test_a_skip_list_that_names_all_is_refused():
+    with pytest.raises(ValueError, match="No layer of the language model was quantized"):
+        adapters.check_quantized(load_tiny())
+
+
+def test_torchao_int8_gives_nearly_the_same_answers(batch):
+    pytest.importorskip("torchao", reason="torchao is not installed; make test-extras runs this")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=adapters.KEPT_WHOLE)
+    model, whole = load_tiny(quantization_config=config), load_tiny()
+    adapters.check_quantized(model)
+    expected, ours = logits(whole, batch), logits(model, batch)
+    # The same tokens are kept, to the last one; and what is answered is the same, at labelled positions.
+    labelled = batch["labels"][:, 1:] != -100
+    assert torch.equal(ours[:, :-1].argmax(-1)[labelled], expected[:, :-1].argmax(-1)[labelled])
+    assert (ours - expected).norm() / expected.norm() < 0.02
