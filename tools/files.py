@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-CHECKPOINT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+CHECKPOINT_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
 def fetch(checkpoint: str | os.PathLike, revision: str | None = None) -> Path:
