@@ -387,7 +387,7 @@ BREAKAGES = {
     "invalid config": (
         lambda source: edit_json(source / "config.json", image_patch_id="many"),
         ValueError,
-        "config.json is invalid.*image_patch_id",
+        "config.json .*is invalid.*image_patch_id",
     ),
     "no source": (shutil.rmtree, FileNotFoundError, "neither a directory"),
     "pytorch weights": (to_pytorch_bin, FileNotFoundError, "must be safetensors"),

@@ -33,7 +33,7 @@ DOORS = {
     "processing": {"configuration", "video"},
 }
 # What is imported where it is there, and done without where it is not.
-OPTIONAL = {"torchcodec", "triton"}
+OPTIONAL = {"torchao", "torchcodec", "triton"}
 # What an extra's own file in tools/ imports.
 IN_EXTRAS = {"adapters.py": "lora", "trl.py": "trl"}
 EXTRAS = {"benchmarks": "test", "examples": "train", "tests": "test"}

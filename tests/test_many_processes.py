@@ -139,10 +139,10 @@ def test_blank_media_are_as_the_processor_returns_them():
 
 
 def load_script():
-    sys.path.insert(0, str(ROOT / "examples"))  # as Python does for the script that it runs
-    spec = importlib.util.spec_from_file_location("finetune_fsdp", ROOT / "examples" / "finetune_fsdp.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    for name in ("finetune", "finetune_fsdp"):  # the second imports the first, which lies beside it
+        spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module
 
 
