@@ -3,9 +3,11 @@
 Everything after the frames is native Molmo2 and gives the same pixel values.
 """
 
+import base64
 import contextlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,22 +17,30 @@ from urllib.request import url2pathname
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
+from tokenizers import normalizers
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
-from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
+from transformers.models.molmo2.video_processing_molmo2 import (
+    Molmo2VideoProcessor,
+    Molmo2VideoProcessorKwargs,
+    resize_and_normalize_image,
+)
 from transformers.processing_utils import Unpack
 from transformers.video_utils import VideoInput, VideoMetadata, make_batched_metadata, make_batched_videos
 
 from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code
+from .download_stts_molmo import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES, download, is_link, quoted
 from .video_stts_molmo import (
+    MAX_FRAME_SIZE,
     TIME_TOLERANCE,
     EncodedVideo,
     assume_frame_rate,
     complete_metadata,
-    download,
+    eight_bit_frames,
     read_video,
+    rgb_frames,
     sample_frame_indices,
     sample_frame_times,
     scaled_num_frames,
@@ -39,10 +49,17 @@ from .video_stts_molmo import (
 )
 
 SAMPLING_OPTIONS = ("do_sample_frames", "num_frames", "fps", "max_fps", "test_time_scaling", "prune_ratio")
+FRAME_OPTIONS = ("size", "resample", "device", "do_rescale", "input_data_format")
 TELL_THE_MODEL = (
     "Pass it to the model: model.generate(**inputs, prune_ratio=..., method=...), in a pipeline generate_kwargs="
     '{"prune_ratio": ..., "method": ...}, or for every call model.generation_config.prune_ratio = ...'
 )
+# What a processor may read and take. Whoever runs it decides, no checkpoint does, and no argument of a call.
+LIMITS = ("allow_local_files", "allow_private_hosts", "max_download_bytes", "download_seconds", "max_frame_size")
+
+# Put into special tokens that a user typed. Unicode sets it aside for programs, so it is in no text; the tokenizer
+# drops it after it looked for special tokens, and tokenizes what is around it as if it had never been there.
+MARK = "\ufdd0"
 
 
 class VideoSpan(str):
@@ -100,7 +117,7 @@ def sample_between(seconds: tuple[float, float], sample_indices_fn: Callable | N
         ValueError: none does.
     """
     times = metadata.frame_times
-    first, stop = np.searchsorted(times, np.add(seconds, (-TIME_TOLERANCE, TIME_TOLERANCE)))
+    first, stop = np.searchsorted(times, np.add(seconds, (-metadata.tolerance, metadata.tolerance)))
     if first == stop:
         raise ValueError(
             f"No frame begins between video_start={seconds[0]} and video_end={seconds[1]}: the video's "
@@ -139,10 +156,20 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             `stts_config` in the checkpoint's `config.json`, which is the only place where it is saved.
             All other arguments are those of [`Molmo2VideoProcessor`].
 
+    What it may read and take is up to whoever runs it, so these are attributes that are never saved, nor arguments
+    of a call:
+
+    - `allow_local_files` (`bool`, defaults to `True`): whether a string, in a chat or in an argument, may name a file
+      of this machine. A server sets it to `False`; links, bytes and open files stay.
+    - `allow_private_hosts` (`bool`, defaults to `False`): whether links may lead to machines that the public internet
+      does not reach, such as this one or a cloud's metadata service.
+    - `max_download_bytes` (`int`, defaults to 2 GiB) and `download_seconds` (`float`, defaults to 600) for each link.
+    - `max_frame_size` (`int`, defaults to 16384): most pixels that a file's frames may be wide or high.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: what was passed is not a video that can be decoded, `fps` and `num_frames` are both given, or
-            `test_time_scaling` has no `prune_ratio`.
+        ValueError: what was passed is not a video that can be decoded, or may not be read, `fps` and `num_frames` are
+            both given, or `test_time_scaling` has no `prune_ratio`.
 
     Example:
 
@@ -154,6 +181,11 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
 
     test_time_scaling = False
     prune_ratio = None
+    allow_local_files = True
+    allow_private_hosts = False
+    max_download_bytes = MAX_DOWNLOAD_BYTES
+    download_seconds = DOWNLOAD_SECONDS
+    max_frame_size = MAX_FRAME_SIZE
     valid_kwargs = STTSMolmoVideoProcessorKwargs
 
     def __init__(self, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]):
@@ -166,12 +198,12 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         with contextlib.suppress(OSError):  # a processor saved without its model
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
             values["prune_ratio"] = (config.get("stts_config") or {}).get("prune_ratio")
-        return values, kwargs
+        return {name: value for name, value in values.items() if name not in LIMITS}, kwargs
 
     def to_dict(self):
         values = super().to_dict()
-        values.pop("prune_ratio", None)  # config.json has it
-        return values
+        unsaved = ("prune_ratio", *LIMITS)  # config.json has the first
+        return {name: value for name, value in values.items() if name not in unsaved}
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]) -> BatchFeature:
         validate_typed_dict(self.valid_kwargs, kwargs)  # before files are decoded
@@ -181,17 +213,28 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
                 f"prune_ratio={kwargs['prune_ratio']} has no effect in a processor without test_time_scaling=True: the "
                 f"model drops the tokens. {TELL_THE_MODEL}"
             )
-        sampling = {name: kwargs.get(name) for name in SAMPLING_OPTIONS}
-        videos, metadata = self.sample_videos(videos, kwargs.get("video_metadata"), **sampling)
+        options = {name: kwargs.get(name) for name in (*SAMPLING_OPTIONS, *FRAME_OPTIONS)}
+        videos, metadata = self.sample_videos(videos, kwargs.get("video_metadata"), **options)
         return super().preprocess(videos, **{**kwargs, "video_metadata": metadata, "do_sample_frames": False})
 
     def sample_videos(
-        self, videos: VideoInput, video_metadata=None, do_sample_frames: bool | None = None, **options
+        self,
+        videos: VideoInput,
+        video_metadata=None,
+        do_sample_frames: bool | None = None,
+        size=None,
+        resample=None,
+        device=None,
+        do_rescale: bool | None = None,
+        input_data_format: str | None = None,
+        **options,
     ) -> tuple[list, list[VideoMetadata]]:
         """
-        Read files, of videos or of single frames, and sample.
+        Read files, of videos or of single frames, and sample. Frames of video files are resized one by one as they are
+        decoded, as `preprocess` resizes them: their memory does not grow with their resolution.
 
         Args:
+            size, resample, device, do_rescale, input_data_format: as `preprocess` takes them.
             options: those of `sample_frames`.
 
         Returns:
@@ -205,18 +248,31 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         do_sample_frames = self.do_sample_frames if do_sample_frames is None else do_sample_frames
         sample = partial(self.sample_frames, **options) if do_sample_frames else None
         if isinstance(videos[0], str):
-            videos, video_metadata = self.fetch_videos(videos, sample_indices_fn=sample)
+            resize = partial(self.resize_frame, size=size, resample=resample, device=device)
+            videos, video_metadata = self.fetch_videos(videos, sample_indices_fn=sample, resize=resize)
         else:
             if isinstance(videos[0], list):
                 images = self.fetch_images(videos)
                 videos = [torch.stack([self.process_image(image) for image in video]) for video in images]
+            videos = [rgb_frames(video, input_data_format) for video in videos]
             video_metadata = make_batched_metadata(videos, video_metadata=video_metadata)
             if sample is not None:
                 pairs = zip(videos, video_metadata, strict=True)
                 videos = [take_sampled_frames(video, metadata, sample) for video, metadata in pairs]
+            do_rescale = self.do_rescale if do_rescale is None else do_rescale
+            videos = [eight_bit_frames(video, is_scaled=not do_rescale) for video in videos]
         for video, metadata in zip(videos, video_metadata, strict=True):
             complete_metadata(metadata, len(video), self.max_fps)
         return list(videos), list(video_metadata)
+
+    def resize_frame(self, frame: torch.Tensor, size=None, resample=None, device=None) -> torch.Tensor:
+        """A frame, uint8 `(3, height, width)`, at the `size` that `preprocess` gives it, with the same values."""
+        size = self._standardize_kwargs(size=self.size if size is None else size)["size"]
+        resample = self.resample if resample is None else resample
+        if device is not None:
+            frame = frame.to(device)
+        only_resize = (resample, False, None, False, None, None)
+        return resize_and_normalize_image(self, frame[None], [size.height, size.width], *only_resize)[0]
 
     def sample_frames(
         self,
@@ -253,7 +309,9 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             frame_times = np.arange(metadata.total_num_frames) / metadata.fps
         if len(frame_times) == 0:
             raise ValueError("The video has no frames; pass at least one.")
-        return sample_frame_indices(frame_times, sample_frame_times(frame_times[-1], num_frames, fps))
+        tolerance = getattr(metadata, "tolerance", TIME_TOLERANCE)
+        sample_times = sample_frame_times(frame_times[-1], num_frames, fps, tolerance)
+        return sample_frame_indices(frame_times, sample_times, tolerance)
 
     def _scaling_ratio(self, prune_ratio: float | None) -> float:
         prune_ratio = self.prune_ratio if prune_ratio is None else prune_ratio
@@ -264,7 +322,12 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             )
         return prune_ratio
 
-    def fetch_videos(self, video_url_or_urls: str | list[str], sample_indices_fn: Callable | None = None):
+    def fetch_videos(
+        self,
+        video_url_or_urls: str | list[str],
+        sample_indices_fn: Callable | None = None,
+        resize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         if isinstance(video_url_or_urls, VideoSpan):
             sample_indices_fn = partial(sample_between, video_url_or_urls.seconds, sample_indices_fn)
             video_url_or_urls = video_url_or_urls.video
@@ -273,15 +336,54 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             files = [id(video.file) for video in videos if isinstance(video, EncodedVideo)]
             # A file object that comes twice cannot be read in two places at a time.
             with ThreadPoolExecutor(None if len(set(files)) == len(files) else 1) as pool:
-                fetch = partial(self.fetch_videos, sample_indices_fn=sample_indices_fn)
+                fetch = partial(self.fetch_videos, sample_indices_fn=sample_indices_fn, resize=resize)
                 return list(zip(*pool.map(fetch, video_url_or_urls), strict=True))
-        if video_url_or_urls.lower().startswith(("http://", "https://")):
-            video = download(video_url_or_urls)
-            with video.file:
-                return read_video(video, sample_indices_fn)
-        if video_url_or_urls.lower().startswith("file://"):
-            video_url_or_urls = url2pathname(video_url_or_urls[len("file://") :])
-        return read_video(video_url_or_urls, sample_indices_fn)
+        with self.named_file(video_url_or_urls) as video:
+            return read_video(video, sample_indices_fn, resize, self.max_frame_size)
+
+    def fetch_images(self, image_url_or_urls):
+        if not isinstance(image_url_or_urls, str):
+            return super().fetch_images(image_url_or_urls)
+        with self.named_file(image_url_or_urls) as image:
+            if isinstance(image, EncodedVideo):
+                image = "data:image/;base64," + base64.b64encode(image.file.read()).decode()
+            try:
+                return super().fetch_images(image)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{quoted(image_url_or_urls)} cannot be read as an image ({quoted(error)})."
+                ) from error
+
+    @contextlib.contextmanager
+    def named_file(self, name: str) -> Iterator[str]:
+        """
+        What a string of a caller or of a chat names: a path, or an `EncodedVideo`.
+
+        Raises:
+            ValueError: it cannot be downloaded, or names a file of this machine where that is not allowed.
+        """
+        if isinstance(name, EncodedVideo):
+            yield name
+        elif is_link(name):
+            limits = (self.max_download_bytes, self.download_seconds, self.allow_private_hosts)
+            with download(name, *limits) as file:
+                yield EncodedVideo(file, name)
+        elif not self.allow_local_files:
+            raise ValueError(
+                f"{quoted(name)} is no link, and files of this machine may not be read (`allow_local_files` of the "
+                "video processor); pass http://..., https://... or data:video/mp4;base64,..."
+            )
+        elif name.lower().startswith("file://"):
+            yield url2pathname(name[len("file://") :])
+        else:
+            yield name
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        for name in ("image_mean", "image_std", "rescale_factor"):
+            value = kwargs.get(name)
+            if value is not None and not np.isfinite(value).all():
+                raise ValueError(f"{name}={value} must be finite; mend it in the call or in processor_config.json.")
+        super()._validate_preprocess_kwargs(**kwargs)
 
     def _preprocess(self, videos: list[torch.Tensor], return_tensors=None, **kwargs) -> BatchFeature:
         # Frame by frame: the float copy that the resize makes is then one frame, not the clip. Same values, faster.
@@ -297,6 +399,8 @@ class STTSMolmoProcessor(Molmo2Processor):
 
     Molmo2 writes the time in seconds before each frame. For a decoded file these are the frames' presentation times,
     also where the frame rate varies.
+
+    Text in a chat stays text: special tokens that it contains, typed by a user, are tokenized as their characters.
     """
 
     @classmethod
@@ -308,8 +412,44 @@ class STTSMolmoProcessor(Molmo2Processor):
             STTSMolmoVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs),
         ]
+        drop_marks(parts[-1])
         values, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         return cls.from_args_and_dict(parts, values, **kwargs)
+
+    def apply_chat_template(
+        self, conversation, chat_template: str | None = None, *, sanitize_control_tokens: bool = True, **kwargs
+    ):
+        """
+        As `ProcessorMixin.apply_chat_template`. A video's part of a message may have `video_start` and `video_end`:
+        frames are sampled between these seconds of the file, and the prompt tells their times in the file.
+
+        Args:
+            sanitize_control_tokens (`bool`, defaults to `True`): special tokens in the messages, also placeholders of
+                images and videos, are what a user typed and stay text. The string that `tokenize=False` gives carries
+                marks in them, which this processor's tokenizer drops. `False` is for text that a chat template wrote.
+
+        Raises:
+            ValueError: there is audio in the chat, which Molmo2 cannot hear.
+        """
+        if sanitize_control_tokens:
+            drop_marks(self.tokenizer)
+            conversation = self.as_text(conversation)
+        return super().apply_chat_template(take_spans(conversation), chat_template, **kwargs)
+
+    def as_text(self, value):
+        """
+        A string, or messages with strings in them, with a mark in each special token and in each start of one at the
+        end: what a template writes after it cannot complete it. Images and videos are left as they are.
+        """
+        if isinstance(value, str):
+            return special_tokens_pattern(self.tokenizer).sub(lambda m: m[0][0] + MARK + m[0][1:], value)
+        if isinstance(value, (list, tuple)):
+            return [self.as_text(item) for item in value]
+        if not isinstance(value, dict) or value.get("type") in ("image", "image_url", "video"):
+            return value
+        if value.get("type") == "audio":
+            raise ValueError("A chat with audio is not supported; Molmo2 takes text, images and videos.")
+        return {name: self.as_text(item) for name, item in value.items()}
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         for name in ("method", "max_vision_tokens"):
@@ -318,22 +458,34 @@ class STTSMolmoProcessor(Molmo2Processor):
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if images is not None:
+            images = self.video_processor.fetch_images(images)  # within its limits
         if videos is not None:
             videos = wrap_encoded_videos(videos)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
-
-    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """
-        As `ProcessorMixin.apply_chat_template`. A video's part of a message may have `video_start` and `video_end`:
-        frames are sampled between these seconds of the file, and the prompt tells their times in the file.
-        """
-        return super().apply_chat_template(take_spans(conversation), chat_template, **kwargs)
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         metadata = video_inputs["video_metadata"][video_idx]
         if getattr(metadata, "frame_times", None) is None:
             return super().replace_video_token(video_inputs, video_idx, **kwargs)
         return self.get_video_string(video_inputs["video_grids"][video_idx], metadata.timestamps)
+
+
+def drop_marks(tokenizer) -> None:
+    """Make the tokenizer drop `MARK`, after it looked for special tokens."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.normalizer
+    if before is None or before.normalize_str(MARK):
+        drop = normalizers.Replace(MARK, "")
+        backend.normalizer = drop if before is None else normalizers.Sequence([drop, before])
+
+
+def special_tokens_pattern(tokenizer) -> re.Pattern:
+    """Finds special tokens, and at the end of a text the start of one."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    starts = {token[:length] for token in tokens for length in range(1, len(token))}
+    whole, start = ("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) for texts in (tokens, starts))
+    return re.compile(rf"{whole}|(?:{start})\Z")
 
 
 STTSMolmoVideoProcessor.register_for_auto_class()

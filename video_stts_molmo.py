@@ -1,4 +1,4 @@
-"""A video file to sampled frames: sample times, the index of a file, decoding, downloads.
+"""A video file to sampled frames: sample times, the index of a file, decoding; and what is taken for frames.
 
 Sampling is that of section 4.1 and, with test-time scaling, of section 5.3 of the STTS paper.
 """
@@ -8,7 +8,6 @@ import io
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,23 +16,27 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx  # its export for others: httpx or httpx2, whichever it depends on
 from PIL import Image
 from transformers.models.molmo2.video_processing_molmo2 import Molmo2VideoProcessor
 from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata
 
 from .configuration_stts_molmo import validate_prune_ratio
-
-try:
-    from torchcodec.decoders import VideoDecoder
-except (ImportError, OSError, RuntimeError):  # not installed, or without the FFmpeg libraries that it was built for
-    VideoDecoder = None
+from .download_stts_molmo import quoted
 
 logger = logging.get_logger(__name__)
 
 # Two clocks may differ in the last bit; a frame that starts less than this after a sample time counts as shown then.
 TIME_TOLERANCE = 1e-6  # seconds
+
+# A rate without a cap takes at most this many samples; more of them is a broken clock, or a slip.
+MAX_SAMPLES = 10**7
+
+# Times beyond this many ticks are broken, and sums of them would not fit into 64 bits.
+MAX_PTS = 2**60
+
+# Widest and highest frame that is decoded unless a caller says otherwise.
+MAX_FRAME_SIZE = 16384
 
 # A jump empties the decoder's threads, which costs about as much as decoding this many frames.
 MIN_FRAMES_TO_JUMP = 8
@@ -61,7 +64,9 @@ def scaled_num_frames(num_frames: int, prune_ratio: float) -> int:
     return math.ceil(num_frames / (1 - Fraction(str(validate_prune_ratio(prune_ratio)))))
 
 
-def sample_frame_times(duration: float, num_frames: int | None = 64, fps: float | None = 2) -> np.ndarray:
+def sample_frame_times(
+    duration: float, num_frames: int | None = 64, fps: float | None = 2, tolerance: float = TIME_TOLERANCE
+) -> np.ndarray:
     """
     Times at which to look at a video: `fps` per second while that is at most `num_frames`, else `num_frames` uniform
     ones; the last frame is always among them (section 4.1).
@@ -70,12 +75,14 @@ def sample_frame_times(duration: float, num_frames: int | None = 64, fps: float 
         duration (`float`): start of the last frame in seconds, counted from the start of the first.
         num_frames (`int`, *optional*): most frames to take; no cap when `None`.
         fps (`float`, *optional*): frames per second; always `num_frames` uniform ones when `None`.
+        tolerance (`float`): seconds by which `duration` may be off.
 
     Returns:
         `np.ndarray`: float64 `(num_samples,)`, ascending seconds, the last one equal to `duration`.
 
     Raises:
-        ValueError: neither `num_frames` nor `fps` is given, or one of them is not positive.
+        ValueError: neither `num_frames` nor `fps` is given, one of them is not positive, or `fps` alone asks for more
+            than `MAX_SAMPLES`.
 
     Example: `sample_frame_times(1.2) -> [0.0, 0.5, 1.0, 1.2]`, `sample_frame_times(90, num_frames=3) -> [0, 45, 90]`.
     """
@@ -83,30 +90,38 @@ def sample_frame_times(duration: float, num_frames: int | None = 64, fps: float 
         raise ValueError("Cannot sample frames without `num_frames` and `fps`; pass one of them.")
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames={num_frames} must be at least 1.")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps={fps} must be more than 0.")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps} must be more than 0, and finite.")
     if fps is not None:
-        num_steps = math.ceil(duration * fps)
+        num_steps = max(math.ceil((duration - tolerance) * fps), 0)
+        if num_frames is None and num_steps >= MAX_SAMPLES:
+            raise ValueError(
+                f"fps={fps} would take {num_steps + 1} samples of a video whose last frame is at {duration:g} s; pass "
+                "a lower fps, or num_frames=... (times that far apart may also come from a damaged file)."
+            )
         if num_frames is None or num_steps + 1 <= num_frames:
             return np.append(np.arange(num_steps) / fps, duration)
     # Counted from the end: a single frame is then the last one.
     return np.linspace(duration, 0.0, num_frames)[::-1]
 
 
-def sample_frame_indices(frame_times: np.ndarray, sample_times: np.ndarray) -> np.ndarray:
+def sample_frame_indices(
+    frame_times: np.ndarray, sample_times: np.ndarray, tolerance: float = TIME_TOLERANCE
+) -> np.ndarray:
     """
     The frames on display at `sample_times`, each once.
 
     Args:
         frame_times (`np.ndarray`): float `(num_frames,)`, ascending start of each frame in seconds.
         sample_times (`np.ndarray`): float `(num_samples,)`, seconds on the same clock.
+        tolerance (`float`): seconds by which a frame may start after a time at which it counts as shown.
 
     Returns:
         `np.ndarray`: int64 `(<= num_samples,)`, ascending frame indices.
 
     Example: `frame_times=[0, 1, 5], sample_times=[0, 2, 4, 5] -> [0, 1, 2]`.
     """
-    indices = np.searchsorted(frame_times, np.asarray(sample_times) + TIME_TOLERANCE, side="right") - 1
+    indices = np.searchsorted(frame_times, np.asarray(sample_times) + tolerance, side="right") - 1
     return np.unique(indices.clip(min=0))
 
 
@@ -129,21 +144,45 @@ class FrameIndex(NamedTuple):
 
     pts: np.ndarray  # int64 (num_frames,), ascending
     keyframes: np.ndarray  # int64 (num_keyframes,), ascending: where decoding can start
+    damaged: frozenset[int]  # pts of frames whose data the container marks as damaged
     time_base: Fraction
     average_rate: Fraction | None  # frames per second, as the container declares
 
+    def frame_times(self) -> np.ndarray:
+        """
+        float64 `(num_frames,)`, seconds from the first frame, in whole milliseconds.
+
+        Matroska and FLV know no finer time. Rounded as they round it, the same frames have the same times in every
+        container, and are sampled alike. Only frames closer than a millisecond keep their file's own times.
+        """
+        tick = 1000 * self.time_base
+        times = np.floor(self.pts.astype(np.float64) * tick.numerator / tick.denominator + 0.5)
+        if (np.diff(times) <= 0).any():
+            times = self.pts * float(tick)
+        return (times - times[0]) / 1000
+
+    def tolerance(self) -> float:
+        """
+        Seconds by which the clock may be off: half a tick, and half a millisecond at least. A clock that ticks about
+        once a frame, as that of AVI, is exact.
+        """
+        tick = float(self.time_base)
+        rounds = len(self.pts) > 1 and 2 <= np.median(np.diff(self.pts))
+        return max(0.0005, tick / 2 if rounds else 0) + TIME_TOLERANCE
+
     def metadata(self) -> "TimedVideoMetadata":
-        frame_times = (self.pts - self.pts[0]) * self.time_base.numerator / self.time_base.denominator
+        frame_times = self.frame_times()
         num_frames = len(frame_times)
         fps = float(self.average_rate or 0) or None
         if num_frames > 1:
-            fps = (num_frames - 1) / float(frame_times[-1])
+            fps = float((num_frames - 1) / (int(self.pts[-1] - self.pts[0]) * self.time_base))
         return TimedVideoMetadata(
             total_num_frames=num_frames,
             fps=fps,
             duration=num_frames / fps if fps else 0.0,
             video_backend="pyav",
             frame_times=frame_times,
+            tolerance=self.tolerance(),
         )
 
 
@@ -155,9 +194,11 @@ class TimedVideoMetadata(VideoMetadata):
     Args:
         frame_times (`np.ndarray`): float64 `(total_num_frames,)`, seconds from the first frame. With a variable frame
             rate these are not `index / fps`.
+        tolerance (`float`): seconds by which each of them may be off.
     """
 
     frame_times: np.ndarray | None = field(default=None, repr=False, compare=False)
+    tolerance: float = field(default=TIME_TOLERANCE, repr=False, compare=False)
 
     @property
     def timestamps(self) -> list[float]:
@@ -165,12 +206,73 @@ class TimedVideoMetadata(VideoMetadata):
         return self.frame_times[self.frames_indices].tolist()
 
 
+def rgb_frames(video: np.ndarray | torch.Tensor, data_format: str | None = None) -> torch.Tensor:
+    """
+    Frames `(num_frames, 3, height, width)` or `(num_frames, height, width, 3)`, of those with one channel the same
+    three times.
+
+    Args:
+        data_format (`str`, *optional*): `"channels_first"` or `"channels_last"`; told by the shape when not given.
+
+    Raises:
+        ValueError: `video` has another shape, no pixels, or no numbers.
+    """
+    if isinstance(video, np.ndarray):
+        try:
+            video = torch.from_numpy(np.ascontiguousarray(video))
+        except TypeError as error:
+            raise ValueError(f"Frames of dtype {video.dtype} are not supported; convert them to uint8.") from error
+    shape = tuple(video.shape)
+    axes = {"channels_first": [1], "channels_last": [3]}.get(data_format, [1, 3])
+    axis = next((axis for axis in axes if shape[axis] in (1, 3)), None)
+    if axis is None or video.is_complex():
+        raise ValueError(
+            f"Frames of shape {shape} and dtype {video.dtype} are not supported; pass (num_frames, height, width, 3) "
+            "or (num_frames, 3, height, width)."
+        )
+    if 0 in shape[1:]:
+        raise ValueError(f"Frames of shape {shape} have no pixels.")
+    return video.expand(*(3 if i == axis else -1 for i in range(4))) if shape[axis] == 1 else video
+
+
+def eight_bit_frames(video: torch.Tensor, is_scaled: bool = False) -> torch.Tensor:
+    """
+    Frames with values from 0 to 255: uint8 of booleans, of integers and of floats in [0, 1]; other floats as they are.
+
+    Args:
+        is_scaled (`bool`): floats in [0, 1] are wanted as they are.
+
+    Raises:
+        ValueError: a value is out of range, or not a number.
+    """
+    if video.dtype == torch.uint8 or video.numel() == 0:
+        return video
+    if video.dtype == torch.bool:
+        return video.to(torch.uint8) * 255
+    values = video if video.is_floating_point() else video.to(torch.int64)
+    low, high = values.min().item(), values.max().item()
+    advice = "pass uint8 frames from 0 to 255, or floats from 0 to 1."
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"Frames of dtype {video.dtype} have values that are infinite or not a number; {advice}")
+    if not video.is_floating_point():
+        if low < 0 or high > 255:
+            raise ValueError(f"Frames of dtype {video.dtype} have values from {low} to {high}; {advice}")
+        return video.to(torch.uint8)
+    if is_scaled:
+        return video
+    if 0 <= low and high <= 1:
+        return (video.float() * 255).round().to(torch.uint8)
+    if high <= 1 or high >= 2 * 255:  # normalised already, or of more bits; a little beyond is what resizing leaves
+        raise ValueError(f"Frames of dtype {video.dtype} have values from {low:g} to {high:g}; {advice}")
+    return video
+
+
 def complete_metadata(metadata: VideoMetadata, num_frames: int, fps: float | None) -> None:
     """
     Fill in what the metadata of `num_frames` frames leaves open: that they are all there are, at `fps` a second.
 
     Raises:
-        ValueError: the metadata is of another number of frames.
+        ValueError: the metadata is of another number of frames, or its `frames_indices` do not ascend from 0 or more.
     """
     if metadata.frames_indices is None:
         metadata.frames_indices = list(range(num_frames))
@@ -178,6 +280,13 @@ def complete_metadata(metadata: VideoMetadata, num_frames: int, fps: float | Non
         raise ValueError(
             f"The metadata has {len(metadata.frames_indices)} `frames_indices` for a video of {num_frames} frames; "
             "pass one for each frame."
+        )
+    indices = np.asarray(metadata.frames_indices)
+    are_counts = indices.dtype.kind in "iuf" and ((indices >= 0) & (indices % 1 == 0)).all()
+    if not (are_counts and (np.diff(indices) >= 0).all()):
+        raise ValueError(
+            f"frames_indices={quoted(indices.tolist())} of the metadata must be whole numbers that ascend from 0 or "
+            "more: the number of each frame in the video."
         )
     if getattr(metadata, "frame_times", None) is None:
         assume_frame_rate(metadata, fps)
@@ -271,35 +380,20 @@ def seekable(file: io.IOBase) -> io.IOBase:
     return file if can_seek() else io.BytesIO(file.read())
 
 
-def download(url: str) -> EncodedVideo:
-    """
-    Fetch `url` into a temporary file, which is on disk whatever its size.
-
-    Raises:
-        ValueError: the server cannot be reached or does not serve the file.
-    """
-    file = tempfile.TemporaryFile()
-    try:
-        with httpx.stream("GET", url, follow_redirects=True) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-    except httpx.HTTPError as error:
-        raise ValueError(f"The video {url!r} cannot be downloaded ({error}); check the address.") from error
-    return EncodedVideo(file, name=url)
-
-
 @contextlib.contextmanager
-def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(
+    video: str, max_frame_size: int = MAX_FRAME_SIZE
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """
     Open the first video stream of a file for threaded reading.
 
     Args:
         video (`str`): path of a file, or an `EncodedVideo`.
+        max_frame_size (`int`): most pixels that its frames may be wide or high.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not a video, a playlist of other files, or has no video stream.
+        ValueError: the file is empty, not a video, a playlist of other files, has no video stream or too large frames.
     """
     protocols = "none"  # by which FFmpeg may open what a file names: else an upload could choose a file of ours
     if isinstance(video, EncodedVideo):
@@ -307,62 +401,114 @@ def open_video(video: str) -> Iterator[tuple[av.container.InputContainer, av.Vid
         size = source.seek(0, os.SEEK_END)
         source.seek(0)
     elif not os.path.exists(video):
-        raise FileNotFoundError(f"There is no video file {video!r}; check the path.")
+        raise FileNotFoundError(f"There is no video file {quoted(video)}; check the path.")
     elif os.path.isdir(video):
-        raise ValueError(f"{video!r} is a directory; pass the path of one video file.")
+        raise ValueError(f"{quoted(video)} is a directory; pass the path of one video file.")
+    elif not os.path.isfile(video):  # a pipe would wait, a device never end
+        raise ValueError(f"{quoted(video)} is not a regular file; save the video to one, or pass it opened.")
     else:
         source = f"file:{video}"  # the protocol keeps FFmpeg from reading one out of a name like `a:b.mp4`
         size = os.path.getsize(video)
         protocols = "file"
     if size == 0:
-        raise ValueError(f"The video {video!r} is empty (0 bytes); it was probably not written or copied completely.")
-    # A packet cut short by the end of a truncated file counts as absent.
-    options = {"fflags": "+discardcorrupt", "protocol_whitelist": protocols}
+        raise ValueError(
+            f"The video {quoted(video)} is empty (0 bytes); it was probably not written or copied completely."
+        )
+    options = {"protocol_whitelist": protocols}
     try:
         # Without a mode PyAV takes that of the file object, and would write to one open as "w+b".
         container = av.open(source, mode="r", container_options=options, metadata_errors="ignore")
     except av.FFmpegError as error:
         raise ValueError(
-            f"{video!r} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or mkv, "
-            "not a playlist."
+            f"{quoted(video)} cannot be read as a video ({error.strerror}); pass a complete file such as mp4, webm or "
+            "mkv, not a playlist."
         ) from error
     with container:
         if container.format.name in PLAYLISTS:
-            raise ValueError(f"{video!r} is a playlist of other files, not a video; pass one of these.")
+            raise ValueError(f"{quoted(video)} is a playlist of other files, not a video; pass one of these.")
         if container.format.name == "tty":  # FFmpeg would render plain text as a video of a terminal
-            raise ValueError(f"{video!r} is a text file, not a video; pass a file such as mp4, webm or mkv.")
+            raise ValueError(f"{quoted(video)} is a text file, not a video; pass a file such as mp4, webm or mkv.")
         cover = av.stream.Disposition.attached_pic  # the picture of an audio file
         stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
         if stream is None:
-            raise ValueError(f"{video!r} has no video stream (audio only?); pass a file that shows something.")
+            raise ValueError(f"{quoted(video)} has no video stream (audio only?); pass a file that shows something.")
+        if max(stream.width, stream.height) > max_frame_size:
+            raise ValueError(
+                f"{quoted(video)} declares frames of {stream.width} x {stream.height} pixels; at most {max_frame_size} "
+                "a side are decoded (`max_frame_size` of the video processor)."
+            )
         stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(max_frame_size**2)}  # for what the data declares later
         yield container, stream
 
 
-def read_frame_index(video: str) -> FrameIndex:
+def iterate_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[av.Packet, int]]:
+    """
+    The packets from here on, up to the end or to data that cannot be read, on a clock that never goes back.
+
+    Where that of the file does, as in recordings that were joined byte by byte, it goes on from the end of what came
+    before.
+
+    Yields:
+        `av.Packet`, `int`: the packet, in the stream's ticks, and how often the clock has gone back up to it.
+    """
+    num_restarts, shift, last, end, held = 0, 0, None, 0, None
+    # An IndexError is PyAV's, where a stream appears in mid-file.
+    with contextlib.suppress(av.FFmpegError, IndexError):
+        for packet in container.demux(stream):
+            is_flush = packet.dts is None and not packet.size
+            if held and not is_flush:
+                yield held, num_restarts
+            held = None
+            if any(abs(time) > MAX_PTS for time in (packet.pts, packet.dts) if time is not None):
+                continue
+            if packet.dts is not None:
+                if last is not None and packet.dts < last:
+                    num_restarts += 1
+                    shift = end - packet.dts
+                last = packet.dts
+                packet.dts += shift
+            if packet.pts is not None:
+                packet.pts += shift
+                end = max(end, packet.pts + (packet.duration or 0))
+            if packet.is_corrupt:  # held back: at the end of a file it was cut short, and counts as absent
+                held = packet
+            else:
+                yield packet, num_restarts
+
+
+def read_frame_index(video: str, max_frame_size: int = MAX_FRAME_SIZE) -> FrameIndex:
     """
     Read when each frame is shown. No frame is decoded, so this costs one pass over the bytes of the file.
 
-    Warns where the file ends before the end that its container declares.
+    Warns where the file ends before the end that its container declares, and where its clock goes back.
 
     Raises:
         FileNotFoundError, ValueError: as `open_video`; also when no packet tells when its frame is shown.
     """
-    with open_video(video) as (container, stream):
-        packets = []
-        with contextlib.suppress(av.FFmpegError):  # data that cannot be read ends the video
-            for packet in container.demux(stream):
-                if packet.pts is not None:
-                    end = packet.pts + (packet.duration or 0)
-                    packets.append((packet.pts, end, packet.is_keyframe, packet.is_discard))
-        if all(is_discard for *_, is_discard in packets):
-            raise ValueError(f"{video!r} has no frames with a presentation time; re-encode it as mp4, webm or mkv.")
-        pts, end, is_keyframe, is_discard = map(np.array, zip(*packets, strict=True))
+    with open_video(video, max_frame_size) as (container, stream):
+        packets, num_restarts = [], 0
+        for packet, restarts in iterate_packets(container, stream):
+            num_restarts = restarts
+            if packet.pts is not None:
+                end = packet.pts + (packet.duration or 0)
+                packets.append((packet.pts, end, packet.is_keyframe, packet.is_discard, packet.is_corrupt))
+        if all(is_discard for *_, is_discard, _ in packets):
+            raise ValueError(
+                f"{quoted(video)} has no frames with a presentation time; re-encode it as mp4, webm or mkv."
+            )
+        pts, end, is_keyframe, is_discard, is_corrupt = map(np.array, zip(*packets, strict=True))
         warn_if_truncated(video, container, stream, len(pts), float((end.max() - pts.min()) * stream.time_base))
         keyframes = np.unique(pts[is_keyframe]) if is_keyframe.any() else pts[:1]
         # Nothing before the first key frame can be decoded, in a recording that starts amid a stream.
         shown = np.unique(pts[~is_discard & (pts >= keyframes[0])])
-        return FrameIndex(shown, keyframes, stream.time_base, stream.average_rate)
+        if num_restarts:
+            logger.warning(
+                f"{quoted(video)} has a clock that goes back {num_restarts} times, as that of recordings that were "
+                "joined does. Their times are counted on, one after the other."
+            )
+            keyframes = keyframes[:1]  # a time that was counted on is not one to jump to
+        return FrameIndex(shown, keyframes, frozenset(pts[is_corrupt].tolist()), stream.time_base, stream.average_rate)
 
 
 def warn_if_truncated(video: str, container, stream: av.VideoStream, num_frames: int, duration: float) -> None:
@@ -374,10 +520,12 @@ def warn_if_truncated(video: str, container, stream: av.VideoStream, num_frames:
         missing = f"{duration:.1f} of the {declared:.1f} seconds"
     else:
         return
-    logger.warning(f"{video!r} looks truncated: it has {missing} that it declares. Using these.")
+    logger.warning(f"{quoted(video)} looks truncated: it has {missing} that it declares. Using these.")
 
 
-def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterator[av.VideoFrame]:
+def decode_frames(
+    video: str, index: FrameIndex, targets: np.ndarray, max_frame_size: int = MAX_FRAME_SIZE
+) -> Iterator[av.VideoFrame]:
     """
     Decode the frames on display at given times, without holding on to them.
 
@@ -387,19 +535,21 @@ def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterato
         video (`str`): path of a file, or an `EncodedVideo`.
         index (`FrameIndex`): what `read_frame_index` returned for it.
         targets (`np.ndarray`): int `(num_targets,)`, ascending, in units of `index.time_base`.
+        max_frame_size (`int`): as `open_video`.
 
     Yields:
         `av.VideoFrame`: per target the last decodable frame whose `pts` is at most the target; none where there is
         no such frame. Data that cannot be decoded ends a run of frames; the next jump starts another.
     """
-    with open_video(video) as (container, stream):
+    with open_video(video, max_frame_size) as (container, stream):
         frames = iterate_frames(container, stream)
         position, shown, ahead = index.pts[0], None, None
         for target in targets:
             keyframes = index.keyframes[: np.searchsorted(index.keyframes, target, side="right")]
             start, stop = np.searchsorted(index.pts, [position, keyframes[-1]])
             if stop - start > MIN_FRAMES_TO_JUMP:
-                frames, ahead = seek_frames(container, stream, keyframes, position), None
+                jump = seek_frames(container, stream, keyframes, position)
+                frames, ahead = (frames, ahead) if jump is None else (jump, None)
             while shown is None or shown.pts < target:
                 ahead = ahead or next(frames, None)
                 if ahead is None or ahead.pts > target:
@@ -413,120 +563,145 @@ def decode_frames(video: str, index: FrameIndex, targets: np.ndarray) -> Iterato
 def iterate_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """The frames from here on, up to the end or to data that cannot be decoded."""
     with contextlib.suppress(av.FFmpegError):
-        yield from (frame for frame in container.decode(stream) if frame.pts is not None)
+        for packet, _ in iterate_packets(container, stream):
+            yield from (frame for frame in packet.decode() if frame.pts is not None)
 
 
 def seek_frames(
     container: av.container.InputContainer, stream: av.VideoStream, keyframes: np.ndarray, position: int
-) -> Iterator[av.VideoFrame]:
+) -> Iterator[av.VideoFrame] | None:
     """
-    The frames from the last of `keyframes` on.
+    The frames from the last of `keyframes` on; `None` if the container cannot jump there.
 
     Where the container's index is inexact they start some key frames earlier, and where the data there is damaged
     at the last key frame up to `position`.
     """
+    frames = None
     for keyframe in (*keyframes[:-4:-1], *keyframes[keyframes <= position][-1:]):
-        container.seek(int(keyframe), stream=stream)
+        try:
+            container.seek(int(keyframe), stream=stream)
+        except av.FFmpegError:
+            continue
         frames = iterate_frames(container, stream)
         first = next(frames, None)
         if first is not None and first.pts <= keyframes[-1]:
             return itertools.chain([first], frames)
-    return iter(())
+    return frames and iter(())
 
 
 def to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
     """Convert a frame to uint8 `(rows, columns, 3)` at `width x height`, then turn it as its metadata says."""
     rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
-    return np.rot90(rgb, k=round(frame.rotation / 90))  # counterclockwise, as `rotation`
+    turns = round(frame.rotation / 90) % 4  # counterclockwise
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
 
 
-def decode_clip(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor | None, np.ndarray]:
+class DecodedClip(NamedTuple):
+    """Frames of a file, each once."""
+
+    frames: torch.Tensor  # uint8 (num_frames, 3, height, width), upright
+    pts: np.ndarray  # int64 (num_frames,), ascending
+    size: tuple[int, int]  # height and width before any resizing
+    num_damaged: int  # of the frames, as the container or the decoder marks them
+
+
+def decode_clip(
+    video: str,
+    index: FrameIndex,
+    targets: np.ndarray,
+    resize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    max_frame_size: int = MAX_FRAME_SIZE,
+) -> DecodedClip | None:
     """
-    Decode the frames on display at `targets` (as `decode_frames`), each once; with torchcodec where that is installed
-    and manages the file, else with PyAV.
+    Decode the frames on display at `targets` (as `decode_frames`), each once. None but those returned are held.
+
+    Args:
+        resize (`Callable`, *optional*): called with each frame, uint8 `(3, height, width)`, as soon as it is decoded;
+            returns what is held of it.
 
     Returns:
-        `torch.Tensor`, `np.ndarray`: uint8 `(num_frames, 3, height, width)`, upright, and the frames' presentation
-        times, int64 `(num_frames,)`. With damaged data `num_frames < num_targets`; with no frame at all the clip is
-        `None`.
+        `DecodedClip`: with damaged data of fewer frames than targets; `None` with no frame at all.
     """
-    if VideoDecoder is not None:
-        with contextlib.suppress(RuntimeError, ValueError, IndexError):
-            clip, taken = decode_clip_with_torchcodec(video, index, targets)
-            if np.array_equal(taken, np.unique(targets)):  # in some containers it lands beside the frame it should
-                return clip, taken
-    return decode_clip_with_pyav(video, index, targets)
-
-
-def decode_clip_with_pyav(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor | None, np.ndarray]:
-    """As `decode_clip`."""
-    clip, taken = None, []
-    for frame in decode_frames(video, index, targets):
+    clip, taken, num_damaged = None, [], 0
+    for frame in decode_frames(video, index, targets, max_frame_size):
         if taken and frame.pts == taken[-1]:
             continue
         if clip is None:
             width, height = frame.width, frame.height  # of all frames, should the stream change its size
-            clip = np.empty((len(targets), 3, *to_rgb(frame, width, height).shape[:2]), dtype=np.uint8)
-        # Copied by NumPy: torch's threads would fight with the decoder's for the cores.
-        clip[len(taken)] = to_rgb(frame, width, height).transpose(2, 0, 1)
+        picture = to_rgb(frame, width, height).transpose(2, 0, 1)
+        # Copies are NumPy's: torch's threads would fight with the decoder's for the cores.
+        held = picture if resize is None else resize(torch.from_numpy(np.ascontiguousarray(picture)))
+        if clip is None:
+            size = picture.shape[1:]
+            clip = torch.empty((len(targets), *held.shape), dtype=torch.uint8, device=held.device)
+        if resize is None:
+            np.copyto(clip[len(taken)].numpy(), picture)
+        else:
+            clip[len(taken)] = held
         taken.append(frame.pts)
-    return None if clip is None else torch.from_numpy(clip[: len(taken)]), np.array(taken, dtype=np.int64)
-
-
-def decode_clip_with_torchcodec(video: str, index: FrameIndex, targets: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-    """As `decode_clip`; raises `RuntimeError`, `ValueError` or `IndexError` on what torchcodec cannot decode."""
-    source = video
-    if isinstance(video, EncodedVideo):
-        source = video.file
-        source.seek(0)
-    seconds = targets * index.time_base.numerator / index.time_base.denominator + TIME_TOLERANCE
-    frames = VideoDecoder(source, num_ffmpeg_threads=0).get_frames_played_at(torch.from_numpy(np.unique(seconds)))
-    taken = np.rint(frames.pts_seconds.numpy() / float(index.time_base)).astype(np.int64)
-    taken, first = np.unique(taken, return_index=True)
-    return frames.data[torch.from_numpy(first)], taken
+        num_damaged += frame.is_corrupt or frame.pts in index.damaged
+    if clip is None:
+        return None
+    return DecodedClip(clip[: len(taken)], np.array(taken, dtype=np.int64), size, num_damaged)
 
 
 def sample_clip(
-    video: str, index: FrameIndex, sample_indices_fn: Callable | None
-) -> tuple[torch.Tensor, TimedVideoMetadata, int]:
+    video: str, index: FrameIndex, sample_indices_fn: Callable | None, **decoding
+) -> tuple[DecodedClip, TimedVideoMetadata, int]:
     """`read_video` with a given index; also returns how many of the sampled frames are missing."""
     metadata = index.metadata()
     indices = np.arange(len(index.pts)) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
-    clip, taken = decode_clip(video, index, index.pts[indices])
+    clip = decode_clip(video, index, index.pts[indices], **decoding)
     if clip is None:
-        raise ValueError(f"No frame of {video!r} can be decoded; the file is damaged.")
-    metadata.frames_indices = np.searchsorted(index.pts, taken, side="right") - 1
-    metadata.height, metadata.width = clip.shape[-2:]
-    return clip, metadata, len(indices) - len(taken)
+        raise ValueError(f"No frame of {quoted(video)} can be decoded; the file is damaged.")
+    metadata.frames_indices = (np.searchsorted(index.pts, clip.pts, side="right") - 1).clip(min=0)
+    metadata.height, metadata.width = clip.size
+    return clip, metadata, len(indices) - len(clip.pts)
 
 
-def read_video(video: str, sample_indices_fn: Callable | None = None) -> tuple[torch.Tensor, TimedVideoMetadata]:
+def read_video(
+    video: str,
+    sample_indices_fn: Callable | None = None,
+    resize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    max_frame_size: int = MAX_FRAME_SIZE,
+) -> tuple[torch.Tensor, TimedVideoMetadata]:
     """
     Decode the sampled frames of a video file. No others are held in memory.
 
-    A damaged file is sampled again among the frames before the damage, with a warning.
+    A damaged file is sampled again among the frames before the damage. Warns of that, of frames that the decoder or
+    the container marks as damaged, of a file that ends early and of a clock that goes back.
 
     Args:
         video (`str`): path of a file, or an `EncodedVideo`.
         sample_indices_fn (`Callable`, *optional*): called with `metadata=TimedVideoMetadata`, returns the ascending
             indices of the frames to decode; every frame when not given.
+        resize (`Callable`, *optional*): called with each frame, uint8 `(3, height, width)`, upright, as soon as it is
+            decoded; returns what is held of it.
+        max_frame_size (`int`): most pixels that frames may be wide or high.
 
     Returns:
-        `torch.Tensor`, `TimedVideoMetadata`: uint8 `(num_frames, 3, height, width)`, upright; and the metadata, whose
-        `frames_indices` and `timestamps` (seconds) are those of the frames returned.
+        `torch.Tensor`, `TimedVideoMetadata`: `(num_frames, 3, height, width)`, upright; and the metadata, whose
+        `frames_indices` and `timestamps` (seconds) are those of the frames returned, `height` and `width` those of
+        the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not a video, has no video stream or no decodable frame.
+        ValueError: the file is empty, not a video, has no video stream, no decodable frame or too large ones.
     """
-    index = read_frame_index(video)
-    clip, metadata, num_missing = sample_clip(video, index, sample_indices_fn)
+    decoding = {"resize": resize, "max_frame_size": max_frame_size}
+    index = read_frame_index(video, max_frame_size)
+    clip, metadata, num_missing = sample_clip(video, index, sample_indices_fn, **decoding)
     if num_missing:
         num_frames = metadata.frames_indices[-1] + 1
         logger.warning(
-            f"{video!r} is damaged: {num_missing} of {num_missing + len(clip)} sampled frames cannot be decoded. "
-            f"Sampling among the first {num_frames} of {len(index.pts)} frames."
+            f"{quoted(video)} is damaged: {num_missing} of {num_missing + len(clip.pts)} sampled frames cannot be "
+            f"decoded. Sampling among the first {num_frames} of {len(index.pts)} frames."
         )
         index = index._replace(pts=index.pts[:num_frames])
-        clip, metadata, _ = sample_clip(video, index, sample_indices_fn)
-    return clip, metadata
+        clip, metadata, _ = sample_clip(video, index, sample_indices_fn, **decoding)
+    if clip.num_damaged:
+        logger.warning(
+            f"{quoted(video)} is damaged: {clip.num_damaged} of {len(clip.pts)} sampled frames are marked as corrupt. "
+            "They are used as they are."
+        )
+    return clip.frames, metadata

@@ -6,14 +6,12 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import av
 import torch
 import transformers
 from stts_molmo.generation_stts_molmo import VIDEO_INPUTS
-from stts_molmo.video_stts_molmo import VideoDecoder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,7 +29,6 @@ def provenance(device: str = "cpu") -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "av": av.__version__,
-            "torchcodec": None if VideoDecoder is None else version("torchcodec"),
         },
     }
 

@@ -29,8 +29,9 @@ DOORS = {
     "saving": set(),
     "generation": {"outputs", "prompt"},
     "modeling": {"configuration", "pruning", "attention", "outputs", "prompt", "generation", "saving"},
-    "video": {"configuration"},
-    "processing": {"configuration", "video"},
+    "download": set(),
+    "video": {"configuration", "download"},
+    "processing": {"configuration", "download", "video"},
 }
 # What is imported where it is there, and done without where it is not.
 OPTIONAL = {"torchao", "torchcodec", "triton"}

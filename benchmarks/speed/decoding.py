@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
-from stts_molmo.video_stts_molmo import (
-    VideoDecoder,
-    decode_clip_with_pyav,
-    decode_clip_with_torchcodec,
-    read_frame_index,
-)
+from stts_molmo.video_stts_molmo import FrameIndex, decode_clip, read_frame_index
+
+try:
+    from torchcodec.decoders import VideoDecoder
+except (ImportError, OSError, RuntimeError):  # not installed, or without the FFmpeg libraries that it was built for
+    VideoDecoder = None
 
 from ..common import torch_threads
 from .bench import Bench
@@ -47,6 +48,12 @@ def decode_all(path: str) -> None:
             frame.to_ndarray(format="rgb24")
 
 
+def decode_clip_with_torchcodec(path: str, index: FrameIndex, targets: np.ndarray) -> torch.Tensor:
+    """What `decode_clip` gives, by another reader, which tells neither of damage nor frame by frame."""
+    seconds = targets * float(index.time_base) + 1e-6
+    return VideoDecoder(path, num_ffmpeg_threads=0).get_frames_played_at(torch.from_numpy(seconds)).data
+
+
 def clip_seconds(path: str, rounds: int) -> tuple[dict[str, int], dict[str, list[tuple[float, float]]]]:
     """Frames sampled and frames in the file; and of each way to decode, and of preprocessing, CPU and wall seconds."""
     processor = STTSMolmoVideoProcessor(do_rescale=True, do_normalize=True)
@@ -56,7 +63,7 @@ def clip_seconds(path: str, rounds: int) -> tuple[dict[str, int], dict[str, list
         index = read_frame_index(path)
         return decode(path, index, index.pts[processor.sample_frames(index.metadata())])
 
-    decode = partial(decode_sampled, decode_clip_with_pyav)
+    decode = partial(decode_sampled, decode_clip)
     preprocess = partial(
         processor, videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
     )
