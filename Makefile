@@ -40,7 +40,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # In an environment of its own: extras may want other versions than the rest.
 .venv-extras/.test: setup.py pyproject.toml
 	python3 -m venv .venv-extras
-	.venv-extras/bin/python -m pip install --no-compile --editable ".[test,lora,trl]"
+	.venv-extras/bin/python -m pip install --no-compile --editable ".[test,lora,quantize,trl]"
 	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.

@@ -11,6 +11,7 @@ LORA = [
     "bitsandbytes>=0.49",
     "peft>=0.18",
 ]
+QUANTIZE = ["torchao>=0.15"]
 TRL = ["trl>=1.5"]
 TEST = [
     *TRAIN,
@@ -53,6 +54,6 @@ setup(
         "transformers[chat-template,vision]>=5.20.2,<6",
         "typer>=0.24",
     ],
-    extras_require={"train": TRAIN, "lora": LORA, "trl": TRL, "test": TEST},
+    extras_require={"train": TRAIN, "lora": LORA, "quantize": QUANTIZE, "trl": TRL, "test": TEST},
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
 )

@@ -11,6 +11,7 @@ import torch
 from helpers import CLIP, ROOT, TINY, load_processor
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.tools.training import VideoQACollator
+from transformers import TorchAoConfig
 
 MISSING = "the extra `lora` is not installed; make test-extras runs this"
 PeftModel = pytest.importorskip("peft", reason=MISSING).PeftModel
@@ -43,7 +44,18 @@ def logits(model, batch):
 
 
 FLAGS = ["--model", str(TINY), "--dataset", str(ROOT / "examples" / "finetune.jsonl"), "--use_cpu", "--lora"]
-FLAGS += ["--num_frames", "4", "--learning_rate", "1e-3", "--warmup_steps", "1", "--disable_tqdm", "True"]
+FLAGS += [
+    "--num_frames",
+    "4",
+    "--per_device_train_batch_size",
+    "1",
+    "--learning_rate",
+    "1e-3",
+    "--warmup_steps",
+    "1",
+    "--disable_tqdm",
+    "True",
+]
 
 
 def test_twenty_steps_saved_loaded_and_merged_give_the_same_answers(tmp_path, batch):
@@ -107,11 +119,9 @@ def test_a_skip_list_that_names_all_is_refused():
 
 
 def test_torchao_int8_gives_nearly_the_same_answers(batch):
-    pytest.importorskip("torchao", reason="torchao is not installed; make test-extras runs this")
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=adapters.KEPT_WHOLE)
+    missing = "the extra `quantize` is not installed; make test-extras runs this"
+    int8 = pytest.importorskip("torchao.quantization", reason=missing).Int8WeightOnlyConfig()
+    config = TorchAoConfig(int8, modules_to_not_convert=adapters.KEPT_WHOLE)
     model, whole = load_tiny(quantization_config=config), load_tiny()
     adapters.check_quantized(model)
     expected, ours = logits(whole, batch), logits(model, batch)

@@ -136,7 +136,13 @@ def declared() -> dict[str, list[Requirement]]:
 
 def third_party_packages(paths: list[Path]) -> set[str]:
     """Distributions whose modules the files import."""
-    own = {"stts_molmo", "stts_kernels", "tools", *EXTRAS, *(path.stem for path in paths if "tools" not in path.parts)}
+    own = {
+        "stts_molmo",
+        "stts_kernels",
+        "tools",
+        *EXTRAS,
+        *(path.stem for path in paths if path.parent.name != "tools"),
+    }
     modules = {module.partition(".")[0] for path in paths for _, module in imported_modules(path)} - {""}
     distributions = packages_distributions()
     return {

@@ -138,16 +138,16 @@ def test_blank_media_are_as_the_processor_returns_them():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_script():
-    for name in ("finetune", "finetune_fsdp"):  # the second imports the first, which lies beside it
-        spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
 def fine_tune(rank: int, folder: Path, checkpoint: Path, output: str, *flags: str):
-    script = load_script()
+    load_script("finetune")  # which the other imports, beside which it lies
+    script = load_script("finetune_fsdp")
     script.dist.init_process_group = script.dist.destroy_process_group = lambda *_: None  # done here already
     arguments = ["--model", str(checkpoint), "--dataset", str(ROOT / "examples" / "finetune.jsonl")]
     arguments += ["--output_dir", str(folder / output), "--learning_rate", "1e-3", "--warmup_steps", "1"]
