@@ -1,4 +1,4 @@
-.PHONY: demo test test-oldest lint
+.PHONY: demo test test-oldest lint mutants
 
 CLIP ?= examples/clips/quiet.mp4
 QUESTION ?= What color is the still shape?
@@ -16,6 +16,10 @@ lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+# Small mistakes in the code, and which tests notice: docs/mutants.md.
+mutants: .venv/.test
+	.venv/bin/python -m benchmarks.mutants
 
 .venv/bin/python:
 	python3 -m venv .venv
