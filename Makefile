@@ -1,4 +1,4 @@
-.PHONY: demo test test-extras test-oldest lint
+.PHONY: demo test test-extras test-oldest lint mutants
 
 CLIP ?= examples/clips/quiet.mp4
 EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py
@@ -21,6 +21,10 @@ lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+# Small mistakes in the code, and which tests notice: docs/mutants.md.
+mutants: .venv/.test
+	.venv/bin/python -m benchmarks.mutants
 
 .venv/bin/python:
 	python3 -m venv .venv

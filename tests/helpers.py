@@ -1,8 +1,11 @@
 """What several test files share: tiny random models and inputs, clips, clean processes, a Hub of one repository."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -342,6 +345,20 @@ def write_video(
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return path
+
+
+def put_scratch_elsewhere(folder: Path, monkeypatch):
+    """Temporary files go to `folder`, as if that were on a file system of its own: nothing can be moved out of it."""
+    folder.mkdir()
+    replace = os.replace
+
+    def replace_within_a_file_system(source, destination):
+        if folder in Path(source).parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source)
+        replace(source, destination)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(os, "replace", replace_within_a_file_system)
 
 
 # Nothing of ours, not even where it is installed.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, VOCAB_SIZE, HubHandler, config_dict, make_inputs, make_native
+from helpers import TINY, VOCAB_SIZE, HubHandler, config_dict, make_inputs, make_native, put_scratch_elsewhere
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stts_molmo.configuration_stts_molmo import STTSConfig
@@ -438,6 +438,12 @@ def test_interrupted_copy_leaves_nothing(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(source, tmp_path / "stts", KNOBS, progress=stop)
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_the_checkpoint_is_written_beside_its_place(source, tmp_path, monkeypatch):
+    put_scratch_elsewhere(tmp_path / "scratch", monkeypatch)
+    convert_checkpoint(source, tmp_path / "stts", KNOBS)
+    assert sorted(os.listdir(tmp_path)) == ["scratch", "source", "stts"]
 
 
 def test_existing_files_are_not_overwritten(source, tmp_path):

@@ -5,7 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import BATCH, BEAMS, CASES, GREEDY, IMAGE_TOKEN, make_inputs, make_model, make_native, new_tokens, solo
+from helpers import (
+    BATCH,
+    BEAMS,
+    CASES,
+    GREEDY,
+    IMAGE_TOKEN,
+    make_inputs,
+    make_model,
+    make_native,
+    new_tokens,
+    solo,
+    video_tensors,
+)
 from stts_molmo.generation_stts_molmo import VIDEO_INPUTS
 from stts_molmo.prompt_stts_molmo import compact_cached
 from transformers import (
@@ -120,6 +132,26 @@ def test_lengths_mean_what_they_mean_natively(lengths):
     ours = make_model().generate(**inputs, **lengths, do_sample=False)
     native = make_native().generate(**inputs, **lengths, do_sample=False)
     assert ours.shape == native.shape
+
+
+class Ending(LogitsProcessor):
+    """Every answer would end at once with token 7."""
+
+    def __call__(self, input_ids, scores):
+        return scores + 1000 * torch.nn.functional.one_hot(torch.tensor(7), scores.shape[-1])
+
+
+@pytest.mark.parametrize("given", ["as an argument", "in a passed config", "in the model's config"])
+def test_min_length_counts_the_full_prompt(given):
+    model, inputs = make_model(), make_inputs([4, 6])
+    wanted = inputs["input_ids"].shape[1] + 3
+    options = {"eos_token_id": 7, "pad_token_id": 0, "max_new_tokens": 20, "do_sample": False, "min_length": wanted}
+    if given == "in a passed config":
+        options = {"generation_config": GenerationConfig(**options)}
+    elif given == "in the model's config":
+        model.generation_config.min_length = options.pop("min_length")
+    sequences = model.generate(**inputs, **options, logits_processor=[Ending()])
+    assert sequences.shape[1] == wanted + 1
 
 
 def test_max_length_of_the_models_own_generation_config():
@@ -397,3 +429,36 @@ def test_inputs_that_no_video_goes_with_are_refused():
     inputs["attention_mask"][0, 5:7] = 0
     with pytest.raises(ValueError, match="attention_mask hides 2 <im_patch> placeholders"):
         model.generate(**inputs, **GREEDY)
+
+
+@pytest.mark.parametrize("eos_token_id", [9, [63, 9]], ids=str)
+def test_padding_that_also_ends_answers_hides_nothing(eos_token_id):
+    model, inputs = make_model(), make_inputs([4])
+    settings = {**GREEDY, "pad_token_id": 9, "eos_token_id": eos_token_id}
+    assert (inputs["input_ids"] == 9).any()
+    expected = model.generate(**inputs, **settings)
+    del inputs["attention_mask"]
+    assert torch.equal(model.generate(**inputs, **settings), expected)
+
+
+def test_rows_without_padding_that_lose_different_numbers_of_tokens():
+    model, inputs = make_model(), make_inputs([4, 6])
+    padding = inputs["attention_mask"] == 0
+    inputs["input_ids"][padding], inputs["attention_mask"][padding] = 11, 1
+    together = new_tokens(model, inputs, **GREEDY)
+    for row in range(2):
+        assert torch.equal(together[row : row + 1], new_tokens(model, solo(inputs, row, [4, 6]), **GREEDY))
+
+
+def test_a_later_turn_of_several_answers_to_one_prompt():
+    model, inputs = make_model(), make_inputs([4, 6])
+    first = model.generate(
+        **inputs, max_new_tokens=4, do_sample=True, num_return_sequences=2, return_dict_in_generate=True
+    )
+    masks = {"attention_mask": inputs["attention_mask"].repeat_interleave(2, dim=0)}
+    turn = extend(first.sequences, masks, [11, 12])
+    later = model.generate(**turn, **GREEDY, past_key_values=first.past_key_values)
+    videos = video_tensors([4, 4, 6, 6])
+    frames = inputs["pixel_values_videos"].split([4, 6])
+    videos["pixel_values_videos"] = torch.cat([frames[0], frames[0], frames[1], frames[1]])
+    assert torch.equal(later, model.generate(**turn, **videos, **GREEDY))

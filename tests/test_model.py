@@ -190,6 +190,25 @@ def test_labelled_states_without_pruning_is_the_usual_shift():
     assert found.flatten().tolist() == [1, 2] and targets.tolist() == [8, 9]
 
 
+def test_a_label_with_no_survivor_before_it_is_left_out():
+    states, labels = torch.arange(5.0)[None, :, None], torch.tensor([[-100, 7, 8, 9, -100]])
+    keep = torch.tensor([[False, False, True, True, True]])
+    found, targets = labelled_states(states, labels, keep, vocab_size=10)
+    assert found.flatten().tolist() == [2, 3] and targets.tolist() == [8, 9]
+
+
+def test_training_on_a_video_that_loses_nothing_gives_every_parameter_a_gradient():
+    """Processes that train together wait for the same gradients of each other, whatever their videos."""
+    gradients = []
+    for num_frames in (1, 4):
+        model = make_model().train()
+        outputs = model(**with_labels(make_inputs([num_frames])))
+        outputs.loss.backward()
+        gradients.append({name for name, p in model.named_parameters() if p.grad is not None})
+        assert (outputs.aux_loss == 0) == (num_frames == 1)
+    assert gradients[0] == gradients[1]
+
+
 def test_training_builds_no_full_logits_unless_asked():
     model, inputs = make_model().train(), with_labels(make_inputs([4]))
     assert model(**inputs).logits is None

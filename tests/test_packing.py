@@ -5,6 +5,7 @@ import torch
 from helpers import layout_of, make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from stts_molmo import attention_stts_molmo
 from stts_molmo.attention_stts_molmo import (
     Bins,
     first_fit_descending,
@@ -122,6 +123,38 @@ def test_packings_equal_the_masked_reference(case, attn, grid):
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
+def torch_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """What torch's kernel computes, its window too: frame by frame, the last query beside the last key."""
+    outputs = []
+    for i in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[i] : cu_seq_q[i + 1]]
+        k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]] for x in (key, value))
+        assert len(q) <= max_q and len(k) <= max_k
+        distance = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
+        logits = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+        logits = logits.masked_fill((distance < -window_size[0]) | (distance > window_size[1]), -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def test_torchs_kernel_is_asked_for_what_the_loop_computes(monkeypatch):
+    query, (key, value) = torch.randn(12, 2, 8), torch.randn(2, 27, 2, 8)
+    offsets = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 9, 9, 12], [0, 9, 18, 27])]
+    by_loop = varlen_attention(query, key, value, *offsets, 9)
+    monkeypatch.setattr(attention_stts_molmo, "has_varlen_kernel", lambda query: True)
+    monkeypatch.setattr(attention_stts_molmo, "varlen_attn", torch_varlen_attn)
+    torch.testing.assert_close(varlen_attention(query, key, value, *offsets, 9), by_loop)
+
+
+def test_dropout_is_left_to_the_loop(monkeypatch):
+    """Torch's kernel has none."""
+    monkeypatch.setattr(attention_stts_molmo, "has_varlen_kernel", lambda query: True)
+    monkeypatch.setattr(attention_stts_molmo, "varlen_attn", pytest.fail)
+    states, offsets = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    kept, halved = (varlen_attention(states, states, states, offsets, offsets, 3, dropout=p) for p in (0.001, 0.9))
+    assert (halved == 0).all(-1).any() and not (kept == 0).all(-1).any()
+
+
 def test_varlen_attention_in_bfloat16():
     query, key, value = torch.randn(3, 20, 2, 8)
     offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
@@ -215,3 +248,13 @@ def test_the_adapter_pools_blocks_in_a_row_as_the_native_one_pools_indices():
         results.append([pooled, features.grad, *(p.grad.clone() for p in adapter.parameters())])
     for native, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, native, atol=1e-4, rtol=1e-5)
+
+
+def test_dropout_of_packed_frames_is_for_training_alone():
+    tower, layout = make_model().model.vision_tower, layout_of([4])
+    hidden_states, keep_mask = torch.randn(4, 36, 16), torch.ones(4, 4, dtype=torch.bool)
+    expected = gather_features(tower, hidden_states, keep_mask, layout)
+    for layer in tower.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert torch.equal(gather_features(tower, hidden_states, keep_mask, layout), expected)
+    assert not torch.allclose(gather_features(tower.train(), hidden_states, keep_mask, layout), expected)

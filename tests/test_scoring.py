@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import layout_of, make_model
+from helpers import config_dict, layout_of, make_model, make_native, video_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.pruning_stts_molmo import (
     auxiliary_loss,
     log_score_bias,
@@ -159,3 +161,45 @@ def test_scores_with_padded_blocks_ignore_the_padding():
 def test_the_budget_reads_the_ratio_as_a_decimal():
     assert int(0.29 * 100) == 28
     assert num_kept_tokens(num_frames=10, tokens_per_frame=10, prune_ratio=0.29) == 100 - 29
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", ["bfloat16", "autocast"])
+def test_scores_of_half_precision_have_the_digits_of_float32(setting):
+    """A sigmoid in bfloat16 gives many tokens one score, and which of them goes is then chance."""
+    model, videos = make_model().model, video_tensors([4])
+    if setting == "bfloat16":
+        model = model.bfloat16()
+    logits = []
+    model.vision_tower.token_scorer.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+        scores = model.get_video_features(**videos).token_scores
+    assert logits[0].dtype == scores.dtype == torch.float32
+    assert torch.equal(scores, logits[0].sigmoid()) and (scores != scores.bfloat16()).any()
+
+
+@pytest.mark.parametrize("origin", ["fresh", "from a plain Molmo2"])
+def test_a_new_scorer_keeps_the_scale_of_what_goes_through_it(origin, tmp_path):
+    config = STTSMolmoConfig(**config_dict(scorer_hidden_size=400))
+    if origin == "fresh":
+        model = STTSMolmoForConditionalGeneration(config)
+    else:
+        make_native().save_pretrained(tmp_path)
+        model = STTSMolmoForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    for name, layer in model.model.vision_tower.token_scorer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            assert layer.weight.std().item() * layer.in_features**0.5 == pytest.approx(1, abs=0.2), name
+            assert not layer.bias.any(), name
+
+
+def test_random_scores_are_drawn_anew_in_training_alone():
+    model, videos = make_model(method="random").model, video_tensors([4])
+    for is_training in (True, False):
+        first, second = (model.train(is_training).get_video_features(**videos).token_scores for _ in range(2))
+        assert torch.equal(first, second) != is_training
+
+
+def test_random_scores_are_drawn_with_the_seed_of_the_config():
+    videos = video_tensors([4])
+    draws = [make_model(method="random", seed=seed).get_video_features(**videos).token_scores for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

@@ -306,6 +306,21 @@ def test_a_training_that_fails_leaves_nothing_on_the_model(tmp_path):
     assert not model._forward_hooks
 
 
+def test_aux_loss_is_averaged_over_processes(tmp_path, monkeypatch):
+    model = make_tokenized_model()
+    trainer = make_trainer(model, [example("Which shape?", "ring")], tmp_path, max_steps=1, logging_steps=1)
+    log_aux_loss(trainer)
+    recorded, elsewhere = AuxLosses(model), torch.tensor([3.0, 2.0])  # sum and number of another process
+
+    def reduce(tensor, reduction):
+        assert reduction == "sum"
+        return tensor + elsewhere
+
+    monkeypatch.setattr(trainer.accelerator, "reduce", reduce)
+    trainer.train()
+    assert trainer.state.log_history[0]["aux_loss"] == pytest.approx((recorded.values[0] + 3) / 3, rel=1e-6)
+
+
 def test_aux_loss_is_not_logged_without_video(tmp_path):
     rows = [example("What color?", "red", video=None)]
     trainer = make_trainer(make_tokenized_model(), rows, tmp_path, max_steps=1, logging_steps=1)

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, make_model
+from helpers import TINY, make_model, put_scratch_elsewhere
 from PIL import Image
 from stts_molmo.outputs_stts_molmo import STTSMolmoVideoFeatures
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
@@ -57,6 +57,13 @@ def test_a_failed_write_leaves_the_old_file(save, name, tmp_path):
     with pytest.raises(AttributeError):
         save(images, tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"old" and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(("save", "name"), [(save_png, "kept.png"), (save_mp4, "kept.mp4")])
+def test_a_file_is_written_beside_its_place(save, name, tmp_path, monkeypatch):
+    put_scratch_elsewhere(tmp_path / "scratch", monkeypatch)
+    save([Image.new("RGB", (32, 32))], tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == [name, "scratch"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "mp4"])

@@ -1,0 +1,183 @@
+"""
+Changes the code in one place at a time, and sees whether the tests that should notice do.
+
+    python -m benchmarks.mutants [words ...]
+
+Each change of mutations.py is made in a temporary copy of the repository, where its tests run in a process of their
+own. What comes of it goes to benchmarks/results/mutants.json, and from there to docs/mutants.md. With words only the
+changes are tried whose description or file has one of them; other results stay, if they are of the same machine and
+versions. Exits with 1 when a change that should be noticed is not.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .mutations import MUTATIONS, Mutation
+from .page import PAGE, ROOT, render
+
+RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
+TIMEOUT = 600  # seconds; a change may never come to an end
+# What the tests import beside the code under test: once here, and not in each of their processes.
+HEAVY = ("transformers.models.molmo2.modeling_molmo2", "transformers.trainer", "datasets", "hypothesis", "av")
+
+
+class Outcome:
+    """A pytest plugin: how many tests passed, and which failed."""
+
+    def __init__(self):
+        self.passed, self.failed = 0, None
+
+    def pytest_runtest_logreport(self, report):
+        self.passed += report.when == "call" and report.passed
+        if report.failed:
+            self.failed = report.nodeid
+
+
+def run_tests(root: Path, tests: str, log: Path, sender) -> None:
+    """In a process of its own: sends pytest's exit status, the number of tests that passed, and the one that failed."""
+    import pytest
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(root)
+    sys.dont_write_bytecode = True  # two changes within a second may look the same to Python's cache
+    paths = [str(root.parent), str(root)]  # the folder of the copy is named as the package
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    outcome = Outcome()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    status = pytest.main([*options, *shlex.split(tests)], plugins=[outcome])
+    import stts_molmo
+
+    if not Path(stts_molmo.__file__).is_relative_to(root):
+        raise ImportError(f"The tests ran on {stts_molmo.__file__}, which is not the copy in {root}.")
+    sender.send((int(status), outcome.passed, outcome.failed))
+
+
+class Ran(NamedTuple):
+    """What came of some tests: how many passed, and the one that failed; none at all when all were skipped."""
+
+    passed: int
+    failed: str | None
+
+
+def run_apart(root: Path, tests: str) -> Ran:
+    """
+    [`run_tests`] in a process of its own.
+
+    Raises:
+        RuntimeError: pytest could not run them; what it said is in the message.
+    """
+    log = root.parent / "pytest.log"
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(root, tests, log, sender))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(TIMEOUT):
+            return Ran(0, f"no end after {TIMEOUT} s")
+        status, passed, failed = receiver.recv()
+    except EOFError:
+        status, passed, failed = None, 0, None
+    finally:
+        process.kill()
+        process.join()
+    if status not in (0, 1):
+        raise RuntimeError(f"pytest {tests} ended with {status}:\n{log.read_text()[-4000:]}")
+    return Ran(passed, failed)
+
+
+def check_text(mutations: Sequence[Mutation], root: Path = ROOT) -> None:
+    """
+    Raises:
+        ValueError: the text to be changed is not, or not only once, in its file.
+    """
+    for mutation in mutations:
+        count = (root / mutation.file).read_text(encoding="utf-8").count(mutation.old)
+        if count != 1:
+            raise ValueError(
+                f"{mutation.file} has {count} times instead of once what the mutation {mutation.what!r} changes: "
+                f"{mutation.old!r}. Follow the code in benchmarks/mutants/mutations.py."
+            )
+
+
+def try_mutation(mutation: Mutation, root: Path) -> dict:
+    """Its record: verdict, and the test that noticed."""
+    file = root / mutation.file
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        passed, failed = run_apart(root, mutation.tests)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    unnoticed = "not applicable" if not passed else "equivalent" if mutation.equivalent else "alive"
+    return mutation._asdict() | {"verdict": "killed" if failed else unnoticed, "killed_by": failed}
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of the repository in a folder with the package's name, so that it is what `import stts_molmo` finds."""
+    root = folder / "stts_molmo"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out", "runs")
+    shutil.copytree(ROOT, root, symlinks=True, ignore=ignored)
+    return root
+
+
+def write_result(tried: dict[str, dict]) -> None:
+    """Records by their description, in place of older ones; those of another machine or other versions go."""
+    from ..common import provenance  # imports the package, which in the tests' processes must be the copy
+
+    result = provenance()
+    if RESULT.exists():
+        older = json.loads(RESULT.read_text())
+        if all(older[name] == result[name] for name in ("hardware", "versions")):
+            tried = {record["what"]: record for record in older["mutations"]} | tried
+    result["mutations"] = [tried[mutation.what] for mutation in MUTATIONS if mutation.what in tried]
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(render(result), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description="See benchmarks/mutants/run.py.")
+    parser.add_argument("words", nargs="*")
+    words = parser.parse_args(arguments).words
+    check_text(MUTATIONS)
+    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file} {m.what}" for word in words)]
+    if not chosen:
+        raise SystemExit(f"No mutation has {' or '.join(words)} in its description or file.")
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is imported
+    import torch
+
+    torch.set_num_threads(1)
+    for name in HEAVY:
+        __import__(name)
+    passing, tried = set(), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = copy_tree(Path(scratch))
+        for mutation in chosen:
+            if mutation.tests not in passing:
+                if failed := run_apart(root, mutation.tests).failed:
+                    raise SystemExit(f"{failed} fails without any mutation; mend that first.")
+                passing.add(mutation.tests)
+            start = time.perf_counter()
+            record = tried[mutation.what] = try_mutation(mutation, root)
+            seconds = time.perf_counter() - start
+            print(f"{record['verdict']:14} {seconds:5.0f} s  {mutation.file}: {mutation.what}", flush=True)
+    write_result(tried)
+
+    for record in tried.values():
+        if record["verdict"] == "alive":
+            raise SystemExit(f"{record['file']}: nothing notices that {record['what']}.")
+        if record["equivalent"] and record["killed_by"]:
+            raise SystemExit(f"{record['killed_by']} notices what is called equivalent: {record['what']}.")
