@@ -21,7 +21,6 @@ TEST = [
     "pytest>=8.4",
     "ruff>=0.17,<0.18",
     "setuptools>=77.0.3",
-    "tokenizers>=0.23.1",
     *TRL,
 ]
 
@@ -49,6 +48,7 @@ setup(
         "pillow>=10.0.1",
         "rich>=13.8",
         "safetensors>=0.8",
+        "tokenizers>=0.23.1",
         "torch>=2.11",
         "torchvision>=0.26",
         "transformers[chat-template,vision]>=5.20.2,<6",
