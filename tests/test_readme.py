@@ -14,6 +14,7 @@ import pytest
 import stts_molmo
 from helpers import CLIP, ROOT, TINY, run_clean
 from PIL import Image
+from stts_molmo.tools.checkpoint import CODE_FILES
 from stts_molmo.tools.cli import app
 from stts_molmo.tools.visualization import GAP, LABEL_HEIGHT, TILE
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration, pipeline
@@ -202,6 +203,21 @@ def test_an_index_shows_no_dead_links(name):
     """Links lead out of the repository, and only pictures do not; files are named instead."""
     for mark, target in re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", (ROOT / name).read_text(encoding="utf-8")):
         assert target.startswith("https://") or (mark and (ROOT / target).is_file()), target
+
+
+def test_links_of_the_docs_lead_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(([^)]*)\)", page.read_text(encoding="utf-8")):
+            file, _, anchor = target.partition("#")
+            linked = page.parent / file if file else page
+            assert target.startswith("https://") or linked.exists(), (page.name, target)
+            if anchor:
+                titles = re.findall(r"^#+ (.*)", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_every_file_of_a_hub_repository_is_named():
+    assert not [path.name for path in CODE_FILES if f"`{path.name}`" not in section("How it works")]
 
 
 @pytest.mark.parametrize("text", [TEXT, CONTRIBUTING, CARD], ids=["README", "CONTRIBUTING", "card"])
