@@ -295,12 +295,12 @@ def log_aux_loss(trainer: Trainer) -> None:
     Raises:
         ValueError: `trainer` computes a loss of its own, in which there is no auxiliary one.
     """
-    is_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+    is_trl = type(trainer).compute_loss.__module__.startswith("trl.")
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None or is_trl:
         raise ValueError(
             "With label_smoothing_factor or compute_loss_func, and always in TRL, the trainer computes a loss of its "
             "own, without the auxiliary one, and the scorer learns from the bias alone; leave them out, and use the "
-            "Trainer of Transformers."
+            "Trainer of Transformers, or stts_molmo.tools.trl.VideoSFTTrainer."
         )
     # In front of the reporters (TensorBoard, wandb, ...), so that they see the value too.
     trainer.callback_handler.callbacks.insert(0, _AuxLossCallback(trainer))
