@@ -5,7 +5,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers.models.molmo2.video_processing_molmo2 import arange_for_pooling
@@ -97,12 +96,5 @@ def shard(model: STTSMolmoForConditionalGeneration, mesh: DeviceMesh | None = No
 
 def save_sharded(model: STTSMolmoForConditionalGeneration, folder: str | os.PathLike) -> None:
     """Write a sharded model as a checkpoint like any other; all processes must call it."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:
-        sharded = type(model)  # of torch's, whose sources would be saved in place of ours
-        model.__class__ = next(base for base in sharded.__mro__ if not base.__module__.startswith("torch."))
-        try:
-            model.save_pretrained(folder, state_dict=state)
-        finally:
-            model.__class__ = sharded
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
     dist.barrier()

@@ -130,8 +130,7 @@ class VideoQACollator:
 
     Raises:
         ValueError: an example has no `messages`, a sample is longer than `max_length`, or truncation leaves none of its
-            answers; also see
-            [`split_at_answers`].
+            answers; also see [`split_at_answers`].
 
     Example:
 
@@ -295,12 +294,12 @@ def log_aux_loss(trainer: Trainer) -> None:
     Raises:
         ValueError: `trainer` computes a loss of its own, in which there is no auxiliary one.
     """
-    is_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+    is_trl = type(trainer).compute_loss.__module__.startswith("trl.")
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None or is_trl:
         raise ValueError(
-            "With label_smoothing_factor or compute_loss_func, and always in TRL, the trainer computes a loss of its "
-            "own, without the auxiliary one, and the scorer learns from the bias alone; leave them out, and use the "
-            "Trainer of Transformers."
+            "With label_smoothing_factor or compute_loss_func, and in TRL's own trainers, the trainer computes a loss "
+            "of its own, without the auxiliary one, and the scorer learns from the bias alone; leave them out, and "
+            "take stts_molmo.tools.trl.VideoSFTTrainer for SFTTrainer."
         )
     # In front of the reporters (TensorBoard, wandb, ...), so that they see the value too.
     trainer.callback_handler.callbacks.insert(0, _AuxLossCallback(trainer))
