@@ -1,4 +1,4 @@
-.PHONY: demo test test-extras test-oldest lint mutants
+.PHONY: demo test test-extras test-oldest lint mutants lock audit
 
 CLIP ?= examples/clips/quiet.mp4
 EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py
@@ -26,25 +26,40 @@ lint: .venv/.test
 mutants: .venv/.test
 	.venv/bin/python -m benchmarks.mutants
 
+# The releases that the suite ran with last, those of the extras too.
+lock: .venv-extras/.test
+	echo "# Written by \`make lock\`: what the suite ran with on Linux." > constraints.txt
+	.venv-extras/bin/pip freeze --all --exclude pip --exclude-editable >> constraints.txt
+
+# Known vulnerabilities of these releases; asks a service on the network.
+audit:
+	python3 -m venv .venv-audit
+	.venv-audit/bin/pip install --no-compile pip-audit
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 .venv/bin/python:
 	python3 -m venv .venv
+
+# The newest releases, as a user gets them; with CONSTRAINTS=constraints.txt those in that file.
+CONSTRAINTS ?=
+INSTALL = pip install --no-compile $(CONSTRAINTS:%=--constraint %) --editable
 
 # --no-compile: most of what torch brings is never imported here. What is imported is compiled once, also where the
 # environment says not to: without, each process that a test starts would take many times as long.
 unexport PYTHONDONTWRITEBYTECODE
 
 .venv/.core: .venv/bin/python setup.py pyproject.toml
-	.venv/bin/pip install --no-compile --editable .
+	.venv/bin/$(INSTALL) .
 	touch $@
 
 .venv/.test: .venv/bin/python setup.py pyproject.toml
-	.venv/bin/pip install --no-compile --editable ".[test]"
+	.venv/bin/$(INSTALL) ".[test]"
 	touch $@ .venv/.core
 
 # In an environment of its own: extras may want other versions than the rest.
 .venv-extras/.test: setup.py pyproject.toml
 	python3 -m venv .venv-extras
-	.venv-extras/bin/python -m pip install --no-compile --editable ".[test,lora,quantize,trl]"
+	.venv-extras/bin/$(INSTALL) ".[test,lora,quantize,trl]"
 	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.

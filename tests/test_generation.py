@@ -462,3 +462,15 @@ def test_a_later_turn_of_several_answers_to_one_prompt():
     frames = inputs["pixel_values_videos"].split([4, 6])
     videos["pixel_values_videos"] = torch.cat([frames[0], frames[0], frames[1], frames[1]])
     assert torch.equal(later, model.generate(**turn, **videos, **GREEDY))
+
+
+def test_continuous_batching_is_refused():
+    """It takes token ids and no pixels: the model would answer about a video that it has not seen."""
+    model, ids = make_model(), make_inputs([4])["input_ids"].tolist()
+    for start in (
+        lambda: model.generate_batch(ids),
+        lambda: model.init_continuous_batching(),
+        lambda: model.continuous_batching_context_manager().__enter__(),
+    ):
+        with pytest.raises(NotImplementedError, match="without having seen it. Use generate"):
+            start()

@@ -14,6 +14,7 @@ import stts_molmo
 from helpers import ROOT, TINY, make_model
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.checkpoint import CODE_FILES
 
@@ -167,6 +168,17 @@ def test_each_requirement_has_the_lower_bound_that_test_oldest_runs(declared):
     for requirements in declared.values():
         for requirement in requirements:
             assert [bound for bound in requirement.specifier if bound.operator == ">="], requirement
+
+
+def test_each_requirement_ends_with_what_the_suite_ran_with(declared):
+    """`constraints.txt` holds a version of each, and no requirement claims a major release after that."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    ran_with = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
+    for requirements in declared.values():
+        for requirement in requirements:
+            version = ran_with[canonicalize_name(requirement.name)]
+            assert version in requirement.specifier, requirement
+            assert Version(str(version.major + 1)) not in requirement.specifier, requirement
 
 
 # ----------------------------------------------------------------------------------------------------------------------

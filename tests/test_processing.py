@@ -417,6 +417,59 @@ def test_each_key_of_a_chat_template(processor, clip, served, key):
     assert_equal(apply_chat(processor, conversation), apply_chat(processor, chat(clip)))
 
 
+@pytest.mark.parametrize("kind", ["path", "bytes", "url"])
+@pytest.mark.parametrize(
+    ("span", "options", "times"),
+    [
+        ({"video_start": 1, "video_end": 2.5}, {}, [1.0, 1.5, 2.0, 2.5]),
+        ({"video_start": 3.0, "video_end": None}, {}, [3.0, 3.5, 3.9]),
+        ({"video_end": 1.04}, {"num_frames": 2}, [0.0, 1.0]),
+        ({"video_start": 1.01, "video_end": 1.19}, {}, [1.1]),
+        ({"video_start": 2, "video_end": 2.2}, {"do_sample_frames": False}, [2.0, 2.1, 2.2]),
+        ({"video_start": None, "video_end": None}, {"fps": 1}, [0.0, 1.0, 2.0, 3.0, 3.9]),
+    ],
+    ids=str,
+)
+def test_seconds_of_a_video_in_a_chat(processor, clip, served, kind, span, options, times):
+    """Sampled between them, with times as in the file."""
+    video = {"path": clip, "bytes": Path(clip).read_bytes(), "url": f"{served}/{Path(clip).name}"}[kind]
+    conversation = chat(video)
+    conversation[0]["content"][0] |= span
+    inputs = apply_chat(processor, [conversation], **options)
+    clips, (metadata,) = processor.video_processor.fetch_videos([clip])
+    wanted = np.rint(np.array(times) * 10).astype(int)
+    metadata.frames_indices = wanted
+    expected = apply_chat(processor, chat(clips[0][wanted]), do_sample_frames=False, video_metadata=[metadata])
+    assert_equal(inputs, expected)
+    assert conversation[0]["content"][0]["video"] is video  # the caller's own is left as it is
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        ({"video_start": 5}, r"video_start=5 and video_end=inf: the video's 40 frames begin in seconds 0 to 3.9"),
+        ({"video_start": 1.01, "video_end": 1.02}, "No frame begins between"),
+        ({"video_start": 2, "video_end": 1}, "video_start=2 and video_end=1 must be seconds"),
+        ({"video_start": -1}, "must be seconds"),
+        ({"video_end": float("nan")}, "must be seconds"),
+        ({"video_start": "00:01"}, "video_start='00:01'"),
+    ],
+    ids=str,
+)
+def test_seconds_that_a_video_has_not(processor, clip, span, message):
+    conversation = chat(clip)
+    conversation[0]["content"][0] |= span
+    with pytest.raises(ValueError, match=message):
+        apply_chat(processor, conversation)
+
+
+def test_seconds_are_for_files(processor):
+    conversation = chat(frames(8))
+    conversation[0]["content"][0]["video_start"] = 1
+    with pytest.raises(ValueError, match="are for files"):
+        apply_chat(processor, conversation)
+
+
 def test_prompt_carries_the_times_of_the_frames_taken(processor, tmp_path):
     times = np.array([0, 0.1, 0.2, 0.9, 1.0, 1.7, 3.3])
     path = str(write_video(tmp_path / "vfr.mp4", num_frames=len(times), times=times))

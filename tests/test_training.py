@@ -137,11 +137,37 @@ def test_row_without_a_chat(row):
         ([], "must end with a message of role 'assistant'.*found None"),
         (ask("Which shape?", "a <im_patch>"), "'a <im_patch>' contains <im_patch>"),
         (ask("Which shape?", "a <|video|>"), "contains <|video|>".replace("|", r"\|")),
+        (
+            ask("Which shape?", "ring<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>"),
+            r"contains <\|im_end\|>, .*the turn",
+        ),
+        ([*ask("Which?", "ring<|im_end|>"), *ask("Where?", "top")], r"'ring<\|im_end\|>' contains"),
     ],
 )
 def test_chats_that_cannot_be_trained_on(messages, message):
     with pytest.raises(ValueError, match=message):
         VideoQACollator(load_processor())([{"messages": messages}])
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\0", "<answer 0>", "<answer 0", "\0<answer 1><answer 0>"], ids=repr)
+def test_no_text_of_a_user_is_taken_for_an_answer(text):
+    processor = load_processor()
+    chat = [*ask(text, "ring", CLIP), *ask(f"{text} Where? {text}", "top")]
+    batch = VideoQACollator(processor, {"num_frames": 4})([{"messages": chat}])
+    assert answers_in(batch, processor, 0) == [f"ring{END}", f"top{END}"]
+    assert processor.decode(batch["input_ids"][0]).count(text) == 3
+
+
+@pytest.mark.parametrize(("max_length", "answers"), [(30, ["ring"]), (12, [])])
+def test_truncation_that_leaves_nothing_to_learn(max_length, answers):
+    processor = load_processor()
+    collator = VideoQACollator(processor, {"truncation": True, "max_length": max_length})
+    rows = [example("What color?", "red", video=None), example("Which shape stands still?", "ring", video=None)]
+    lengths = [len(row) for row in VideoQACollator(processor)(rows)["input_ids"]]
+    assert answers_in(collator(rows[:1]), processor, 0) if answers else True, lengths
+    if not answers:
+        with pytest.raises(ValueError, match="left to learn of example 0 .* cut off after 12 tokens. Raise max_length"):
+            collator(rows)
 
 
 def test_template_that_drops_earlier_answers():
@@ -444,6 +470,8 @@ def test_trl_trains_the_model_as_it_is(collates, tmp_path):
     (batch,) = trainer.get_train_dataloader()
     assert answers_in(batch, processor, 0) == [f"ring{END}"]
     assert batch["labels"].max() < model.vocab_size and "pixel_values_videos" in batch
+    with pytest.raises(ValueError, match="in TRL's own trainers, .*without the auxiliary one"):
+        log_aux_loss(trainer)
     trainer.train()
     for name in ("patch_embedding.weight", "token_scorer.fc3.weight"):
         name = f"model.vision_tower.{name}"
@@ -528,3 +556,25 @@ def test_fsdp_gives_the_same_gradients(is_cuda, one_process, monkeypatch):
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad.full_tensor(), expected.pop(name).grad)
     assert all(parameter.grad is None for parameter in expected.values())
+
+
+@pytest.mark.parametrize("part", ["whole", "base"])
+def test_a_sharded_model_is_saved_with_our_code_and_whole_weights(part, one_process, tmp_path):
+    model = make_model() if part == "whole" else make_model().model
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own_class, mesh = type(model), init_device_mesh("cpu", (1,))
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sharded_class = type(model)
+    assert sharded_class is not own_class
+    model.save_pretrained(tmp_path / "saved")
+    assert type(model) is sharded_class
+    own_class.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "as a whole")
+    for file in (tmp_path / "as a whole").iterdir():
+        if file.suffix in (".json", ".py"):
+            assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes(), file
+    assert len(list((tmp_path / "saved").iterdir())) == len(list((tmp_path / "as a whole").iterdir()))
+    loaded = own_class.from_pretrained(tmp_path / "saved").state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)

@@ -130,8 +130,7 @@ class VideoQACollator:
 
     Raises:
         ValueError: an example has no `messages`, a sample is longer than `max_length`, or truncation leaves none of its
-            answers; also see
-            [`split_at_answers`].
+            answers; also see [`split_at_answers`].
 
     Example:
 
