@@ -297,9 +297,9 @@ def log_aux_loss(trainer: Trainer) -> None:
     is_trl = type(trainer).compute_loss.__module__.startswith("trl.")
     if trainer.label_smoother is not None or trainer.compute_loss_func is not None or is_trl:
         raise ValueError(
-            "With label_smoothing_factor or compute_loss_func, and always in TRL, the trainer computes a loss of its "
-            "own, without the auxiliary one, and the scorer learns from the bias alone; leave them out, and use the "
-            "Trainer of Transformers, or stts_molmo.tools.trl.VideoSFTTrainer."
+            "With label_smoothing_factor or compute_loss_func, and in TRL's own trainers, the trainer computes a loss "
+            "of its own, without the auxiliary one, and the scorer learns from the bias alone; leave them out, and "
+            "take stts_molmo.tools.trl.VideoSFTTrainer for SFTTrainer."
         )
     # In front of the reporters (TensorBoard, wandb, ...), so that they see the value too.
     trainer.callback_handler.callbacks.insert(0, _AuxLossCallback(trainer))
