@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -572,9 +573,11 @@ def test_a_sharded_model_is_saved_with_our_code_and_whole_weights(part, one_proc
     model.save_pretrained(tmp_path / "saved")
     assert type(model) is sharded_class
     own_class.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "as a whole")
-    for file in (tmp_path / "as a whole").iterdir():
-        if file.suffix in (".json", ".py"):
-            assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes(), file
+    for file in (tmp_path / "as a whole").glob("*.py"):
+        assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes(), file
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "as a whole")]
+    assert configs[0]["auto_map"] == configs[1]["auto_map"]
+    assert configs[0]["architectures"] == configs[1]["architectures"] == [own_class.__name__]
     assert len(list((tmp_path / "saved").iterdir())) == len(list((tmp_path / "as a whole").iterdir()))
     loaded = own_class.from_pretrained(tmp_path / "saved").state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
