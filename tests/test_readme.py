@@ -226,6 +226,14 @@ def test_files_that_are_named_exist(text):
     assert names and not [name for name in names - {"questions.jsonl"} if not (ROOT / name).exists()]
 
 
+def test_what_contributing_says_where_to_find_is_there():
+    rows = re.findall(r"^\| (?:where|how|what) .* \| (.*) in `(\S+)` \|$", CONTRIBUTING, re.MULTILINE)
+    assert len(rows) == 6
+    for names, file in rows:
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+            assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()), (name, file)
+
+
 def test_cited_as_the_readme_cites():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     (bibtex,) = blocks("bibtex")
