@@ -22,7 +22,7 @@ lint: .venv/.test
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
-# Small mistakes in the code, and which tests notice: docs/mutants.md.
+# Makes small mistakes in the code and says which tests notice; writes docs/mutants.md.
 mutants: .venv/.test
 	.venv/bin/python -m benchmarks.mutants
 

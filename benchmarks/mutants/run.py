@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .mutations import MUTATIONS, Mutation
+from .mutation import Mutation
+from .mutations import MUTATIONS
 from .page import PAGE, ROOT, render
 
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
@@ -35,16 +36,16 @@ class Outcome:
     """A pytest plugin: how many tests passed, and which failed."""
 
     def __init__(self):
-        self.passed, self.failed = 0, None
+        self.passed, self.failed = 0, []
 
     def pytest_runtest_logreport(self, report):
         self.passed += report.when == "call" and report.passed
         if report.failed:
-            self.failed = report.nodeid
+            self.failed.append(report.nodeid)
 
 
-def run_tests(root: Path, tests: str, log: Path, sender) -> None:
-    """In a process of its own: sends pytest's exit status, the number of tests that passed, and the one that failed."""
+def run_tests(root: Path, arguments: Sequence[str], log: Path, sender) -> None:
+    """In a process of its own: sends pytest's exit status, the number of tests that passed, and those that failed."""
     import pytest
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -56,8 +57,7 @@ def run_tests(root: Path, tests: str, log: Path, sender) -> None:
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     outcome = Outcome()
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-    status = pytest.main([*options, *shlex.split(tests)], plugins=[outcome])
+    status = pytest.main(["-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *arguments], plugins=[outcome])
     import stts_molmo
 
     if not Path(stts_molmo.__file__).is_relative_to(root):
@@ -66,13 +66,13 @@ def run_tests(root: Path, tests: str, log: Path, sender) -> None:
 
 
 class Ran(NamedTuple):
-    """What came of some tests: how many passed, and the one that failed; none at all when all were skipped."""
+    """What came of some tests: how many passed, and those that failed; neither when all were skipped."""
 
     passed: int
-    failed: str | None
+    failed: list[str]
 
 
-def run_apart(root: Path, tests: str) -> Ran:
+def run_apart(root: Path, arguments: Sequence[str]) -> Ran:
     """
     [`run_tests`] in a process of its own.
 
@@ -81,20 +81,20 @@ def run_apart(root: Path, tests: str) -> Ran:
     """
     log = root.parent / "pytest.log"
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(root, tests, log, sender))
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(root, arguments, log, sender))
     process.start()
     sender.close()
     try:
         if not receiver.poll(TIMEOUT):
-            return Ran(0, f"no end after {TIMEOUT} s")
+            return Ran(0, [f"no end after {TIMEOUT} s"])
         status, passed, failed = receiver.recv()
     except EOFError:
-        status, passed, failed = None, 0, None
+        status, passed, failed = None, 0, []
     finally:
         process.kill()
         process.join()
     if status not in (0, 1):
-        raise RuntimeError(f"pytest {tests} ended with {status}:\n{log.read_text()[-4000:]}")
+        raise RuntimeError(f"pytest {shlex.join(arguments)} ended with {status}:\n{log.read_text()[-4000:]}")
     return Ran(passed, failed)
 
 
@@ -118,11 +118,12 @@ def try_mutation(mutation: Mutation, root: Path) -> dict:
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        passed, failed = run_apart(root, mutation.tests)
+        passed, failed = run_apart(root, ["-x", *shlex.split(mutation.tests)])
     finally:
         file.write_text(text, encoding="utf-8")
     unnoticed = "not applicable" if not passed else "equivalent" if mutation.equivalent else "alive"
-    return mutation._asdict() | {"verdict": "killed" if failed else unnoticed, "killed_by": failed}
+    verdict, killed_by = ("killed", failed[0]) if failed else (unnoticed, None)
+    return mutation._asdict() | {"verdict": verdict, "killed_by": killed_by}
 
 
 def copy_tree(folder: Path) -> Path:
@@ -133,16 +134,38 @@ def copy_tree(folder: Path) -> Path:
     return root
 
 
-def write_result(tried: dict[str, dict]) -> None:
-    """Records by their description, in place of older ones; those of another machine or other versions go."""
+def try_all(mutations: Sequence[Mutation]) -> list[dict]:
+    """
+    The record of each mutation.
+
+    Raises:
+        ValueError: a test that noticed one fails without any.
+    """
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = copy_tree(Path(scratch))
+        for mutation in mutations:
+            start = time.perf_counter()
+            records.append(try_mutation(mutation, root))
+            seconds = time.perf_counter() - start
+            print(f"{records[-1]['verdict']:14} {seconds:5.0f} s  {mutation.file}: {mutation.what}", flush=True)
+        tests = {record["killed_by"] for record in records if "::" in (record["killed_by"] or "")}
+        failed = run_apart(root, sorted(tests)).failed if tests else []
+    if failed:
+        raise ValueError(f"Without any mutation these fail too: {', '.join(failed)}.")
+    return records
+
+
+def write_result(records: Sequence[dict]) -> None:
+    """Records in place of older ones of the same description; those of another machine or other versions go."""
     from ..common import provenance  # imports the package, which in the tests' processes must be the copy
 
-    result = provenance()
+    result, by_what = provenance(), {record["what"]: record for record in records}
     if RESULT.exists():
-        older = json.loads(RESULT.read_text())
+        older = json.loads(RESULT.read_text(encoding="utf-8"))
         if all(older[name] == result[name] for name in ("hardware", "versions")):
-            tried = {record["what"]: record for record in older["mutations"]} | tried
-    result["mutations"] = [tried[mutation.what] for mutation in MUTATIONS if mutation.what in tried]
+            by_what = {record["what"]: record for record in older["mutations"]} | by_what
+    result["mutations"] = [by_what[mutation.what] for mutation in MUTATIONS if mutation.what in by_what]
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(render(result), encoding="utf-8")
 
@@ -162,21 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in HEAVY:
         __import__(name)
-    passing, tried = set(), {}
-    with tempfile.TemporaryDirectory() as scratch:
-        root = copy_tree(Path(scratch))
-        for mutation in chosen:
-            if mutation.tests not in passing:
-                if failed := run_apart(root, mutation.tests).failed:
-                    raise SystemExit(f"{failed} fails without any mutation; mend that first.")
-                passing.add(mutation.tests)
-            start = time.perf_counter()
-            record = tried[mutation.what] = try_mutation(mutation, root)
-            seconds = time.perf_counter() - start
-            print(f"{record['verdict']:14} {seconds:5.0f} s  {mutation.file}: {mutation.what}", flush=True)
-    write_result(tried)
-
-    for record in tried.values():
+    records = try_all(chosen)
+    write_result(records)
+    for record in records:
         if record["verdict"] == "alive":
             raise SystemExit(f"{record['file']}: nothing notices that {record['what']}.")
         if record["equivalent"] and record["killed_by"]:
