@@ -231,13 +231,6 @@ OF_PROMPT_AND_TRAINING = [
         f"{TRAINER} -k aux_loss_is_logged",
     ),
     Mutation(
-        "a second run counts twice",
-        TRAINING,
-        "self.hook.remove()",
-        "pass",
-        f"{TRAINER} -k aux_loss_is_logged",
-    ),
-    Mutation(
         "questions are labels too",
         TRAINING,
         'batch["input_ids"].masked_fill(~is_answer, -100)',
@@ -247,8 +240,8 @@ OF_PROMPT_AND_TRAINING = [
     Mutation(
         "answers do not end",
         TRAINING,
-        '"content": answer + tokenizer.eos_token}',
-        '"content": answer}',
+        '"content": processor.as_text(answer) + tokenizer.eos_token}',
+        '"content": processor.as_text(answer)}',
         f"{TRAINER} -k labels_are_the_answers",
     ),
     Mutation(
