@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 from pathlib import Path
 
 import pytest
@@ -561,23 +560,20 @@ def test_fsdp_gives_the_same_gradients(is_cuda, one_process, monkeypatch):
 
 @pytest.mark.parametrize("part", ["whole", "base"])
 def test_a_sharded_model_is_saved_with_our_code_and_whole_weights(part, one_process, tmp_path):
-    model = make_model() if part == "whole" else make_model().model
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    own_class, mesh = type(model), init_device_mesh("cpu", (1,))
+    whole, model = (make_model() if part == "whole" else make_model().model for _ in range(2))
+    mesh = init_device_mesh("cpu", (1,))
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     sharded_class = type(model)
-    assert sharded_class is not own_class
+    assert sharded_class is not type(whole)
     model.save_pretrained(tmp_path / "saved")
     assert type(model) is sharded_class
-    own_class.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "as a whole")
-    for file in (tmp_path / "as a whole").glob("*.py"):
-        assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes(), file
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("saved", "as a whole")]
-    assert configs[0]["auto_map"] == configs[1]["auto_map"]
-    assert configs[0]["architectures"] == configs[1]["architectures"] == [own_class.__name__]
+    whole.save_pretrained(tmp_path / "as a whole")
+    for file in (tmp_path / "as a whole").iterdir():
+        if file.suffix in (".json", ".py"):
+            assert (tmp_path / "saved" / file.name).read_bytes() == file.read_bytes(), file
     assert len(list((tmp_path / "saved").iterdir())) == len(list((tmp_path / "as a whole").iterdir()))
-    loaded = own_class.from_pretrained(tmp_path / "saved").state_dict()
+    loaded, expected = type(whole).from_pretrained(tmp_path / "saved").state_dict(), whole.state_dict()
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
