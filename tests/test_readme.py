@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stts_molmo
+import torch
 from helpers import CLIP, ROOT, TINY, run_clean
 from PIL import Image
 from stts_molmo.tools.checkpoint import CODE_FILES
@@ -61,6 +62,8 @@ def checkout(tmp_path_factory) -> Path:
 def run(checkout, capsys, monkeypatch):
     """Runs a command in the checkout and gives its output; in this process, as libraries take seconds to import."""
     monkeypatch.chdir(checkout)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more wait for each other where a machine has more to do
 
     def run(command: list[str]) -> str:
         if command[0] == "stts-molmo":
@@ -75,7 +78,8 @@ def run(checkout, capsys, monkeypatch):
         module.main(arguments)
         return capsys.readouterr().out
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
