@@ -393,7 +393,8 @@ def open_video(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, not a video, a playlist of other files, has no video stream or too large frames.
+        ValueError: the file is empty, not a video, a playlist of other files, has no video stream, none that can be
+            decoded, or too large frames.
     """
     protocols = "none"  # by which FFmpeg may open what a file names: else an upload could choose a file of ours
     if isinstance(video, EncodedVideo):
@@ -432,6 +433,8 @@ def open_video(
         stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
         if stream is None:
             raise ValueError(f"{quoted(video)} has no video stream (audio only?); pass a file that shows something.")
+        if stream.codec_context is None:
+            raise ValueError(f"{quoted(video)} has a codec that FFmpeg cannot decode; re-encode it, as H.264 or VP9.")
         if max(stream.width, stream.height) > max_frame_size:
             raise ValueError(
                 f"{quoted(video)} declares frames of {stream.width} x {stream.height} pixels; at most {max_frame_size} "
@@ -446,30 +449,30 @@ def iterate_packets(container: av.container.InputContainer, stream: av.VideoStre
     """
     The packets from here on, up to the end or to data that cannot be read, on a clock that never goes back.
 
-    Where that of the file does, as in recordings that were joined byte by byte, it goes on from the end of what came
-    before.
+    Where that of the file does, at a key frame, as in recordings that were joined byte by byte, it goes on from the end
+    of what came before.
 
     Yields:
         `av.Packet`, `int`: the packet, in the stream's ticks, and how often the clock has gone back up to it.
     """
-    num_restarts, shift, last, end, held = 0, 0, None, 0, None
+    num_restarts, shift, last, end, held = 0, 0, -math.inf, 0, None
     # An IndexError is PyAV's, where a stream appears in mid-file.
     with contextlib.suppress(av.FFmpegError, IndexError):
         for packet in container.demux(stream):
-            is_flush = packet.dts is None and not packet.size
-            if held and not is_flush:
+            if held and (packet.size or packet.dts is not None):
                 yield held, num_restarts
             held = None
-            if any(abs(time) > MAX_PTS for time in (packet.pts, packet.dts) if time is not None):
+            times = [time for time in (packet.pts, packet.dts) if time is not None]
+            if any(abs(time) > MAX_PTS for time in times):
                 continue
+            if packet.pts is not None and packet.is_keyframe and packet.pts + shift < last:
+                num_restarts += 1
+                shift = end - min(times)
             if packet.dts is not None:
-                if last is not None and packet.dts < last:
-                    num_restarts += 1
-                    shift = end - packet.dts
-                last = packet.dts
                 packet.dts += shift
             if packet.pts is not None:
                 packet.pts += shift
+                last = max(last, packet.pts)
                 end = max(end, packet.pts + (packet.duration or 0))
             if packet.is_corrupt:  # held back: at the end of a file it was cut short, and counts as absent
                 held = packet

@@ -361,6 +361,23 @@ def put_scratch_elsewhere(folder: Path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace_within_a_file_system)
 
 
+def frame_number(frame) -> int:
+    """The number of a decoded frame, modulo `NUM_LEVELS`."""
+    return round((float(frame.float().mean()) - 20) / 4)
+
+
+def remux(source, target, **container):
+    """Copy the packets of a video into another container."""
+    with av.open(str(source)) as reader, av.open(str(target), "w", **container) as writer:
+        stream = reader.streams.video[0]
+        copy = writer.add_stream_from_template(stream)
+        for packet in reader.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                writer.mux(packet)
+    return target
+
+
 # Nothing of ours, not even where it is installed.
 PREAMBLE = """
 import sys

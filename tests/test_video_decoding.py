@@ -4,14 +4,12 @@ Every clip is written here. Frame `i` is a flat grey of `brightness(i)`, so a de
 """
 
 import io
-import subprocess
-import sys
 
 import av
 import numpy as np
 import pytest
 import stts_molmo.video_stts_molmo as video_module
-from helpers import NUM_LEVELS, brightness, write_video
+from helpers import NUM_LEVELS, brightness, frame_number, remux, write_video
 from stts_molmo.video_stts_molmo import (
     EncodedVideo,
     decode_clip,
@@ -33,23 +31,6 @@ GREY_CODECS = {
     "h264.flv": ("libx264", {"bf": "0"}),
     "frames.gif": ("gif", {}),
 }
-
-
-def frame_number(frame) -> int:
-    """The number of a decoded frame, modulo `NUM_LEVELS`."""
-    return round((float(frame.float().mean()) - 20) / 4)
-
-
-def remux(source, target, **container):
-    """Copy the packets of a video into another container."""
-    with av.open(str(source)) as reader, av.open(str(target), "w", **container) as writer:
-        stream = reader.streams.video[0]
-        copy = writer.add_stream_from_template(stream)
-        for packet in reader.demux(stream):
-            if packet.dts is not None:
-                packet.stream = copy
-                writer.mux(packet)
-    return target
 
 
 def cut(path, share):
@@ -334,24 +315,3 @@ def test_playlists_are_refused(tmp_path, monkeypatch, kind, source):
         video = {"path": name, "file object": EncodedVideo(file), "bytes": EncodedVideo(io.BytesIO(file.read()))}
         with pytest.raises(ValueError, match="playlist" if source == "path" else "cannot be read .* not a playlist"):
             read(video[source])
-
-
-def test_memory_does_not_grow_with_the_length(tmp_path):
-    """The peak of a process that reads a minute and then an hour; the hour's frames would be 100 MB."""
-    for name, seconds in [("minute", 60), ("hour", 3600)]:
-        write_video(tmp_path / f"{name}.mp4", seconds, fps=1, size=(160, 120), codec="mpeg4")
-    program = f"""
-import resource, sys
-from stts_molmo.video_stts_molmo import read_video, sample_frame_indices, sample_frame_times
-def sample(metadata):
-    return sample_frame_indices(metadata.frame_times, sample_frame_times(metadata.frame_times[-1]))
-peaks = []
-for name in ("minute", "hour"):
-    clip, metadata = read_video(f"{tmp_path}/{{name}}.mp4", sample)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-print(metadata.total_num_frames, peaks[1] - peaks[0])
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    num_frames, growth = map(float, result.stdout.split())
-    assert num_frames == 3600
-    assert growth < 30, f"{growth} MB more for an hour than for a minute"
