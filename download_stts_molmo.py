@@ -85,7 +85,7 @@ def decode_data_link(link: str, max_bytes: int) -> bytes:
     if len(data) * 3 // 4 > max_bytes:
         raise ValueError(f"{quoted(link)} has {too_large(max_bytes)}.")
     try:
-        return base64.b64decode(unquote_to_bytes(data), validate=True)
+        return base64.b64decode(b"".join(unquote_to_bytes(data).split()), validate=True)
     except ValueError as error:
         raise ValueError(f"{quoted(link)} is not valid base64 ({error}); encode the file anew.") from error
 

@@ -76,7 +76,7 @@ def split_at_answers(messages: list[dict], processor: ProcessorMixin) -> list[di
     for prompt, answer in zip(prompts, answers, strict=True):
         prompt = prompt.removeprefix(tokenizer.eos_token) if chat else prompt
         chat.append({"role": "user", "content": [*visuals, {"type": "text", "text": prompt}]})
-        chat.append({"role": "assistant", "content": processor.as_text(answer) + tokenizer.eos_token})
+        chat.append({"role": "assistant", "content": answer + tokenizer.eos_token})
         visuals = []
     return chat
 
