@@ -1,1 +1,1 @@
-"""Attacks on what takes input: damaged files, hostile names and links, bombs, kills, threads; `make stress`."""
+"""Small videos in many containers, and damage to them, for tests of what takes input."""
