@@ -240,8 +240,8 @@ OF_PROMPT_AND_TRAINING = [
     Mutation(
         "answers do not end",
         TRAINING,
-        '"content": processor.as_text(answer) + tokenizer.eos_token}',
-        '"content": processor.as_text(answer)}',
+        '"content": answer + tokenizer.eos_token}',
+        '"content": answer}',
         f"{TRAINER} -k labels_are_the_answers",
     ),
     Mutation(
