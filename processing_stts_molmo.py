@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from numbers import Real
 from urllib.request import url2pathname
@@ -30,7 +31,7 @@ from transformers.models.molmo2.video_processing_molmo2 import (
 from transformers.processing_utils import Unpack
 from transformers.video_utils import VideoInput, VideoMetadata, make_batched_metadata, make_batched_videos
 
-from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code
+from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code, validate_max_vision_tokens
 from .download_stts_molmo import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES, download, is_link, quoted
 from .video_stts_molmo import (
     MAX_FRAME_SIZE,
@@ -48,7 +49,9 @@ from .video_stts_molmo import (
     wrap_encoded_videos,
 )
 
-SAMPLING_OPTIONS = ("do_sample_frames", "num_frames", "fps", "max_fps", "test_time_scaling", "prune_ratio")
+# What the model prunes with, and a processor needs to know for `test_time_scaling` alone.
+PRUNING_OPTIONS = ("prune_ratio", "max_vision_tokens")
+SAMPLING_OPTIONS = ("do_sample_frames", "num_frames", "fps", "max_fps", "test_time_scaling", *PRUNING_OPTIONS)
 FRAME_OPTIONS = ("size", "resample", "device", "do_rescale", "input_data_format")
 TELL_THE_MODEL = (
     "Pass it to the model: model.generate(**inputs, prune_ratio=..., method=...), in a pipeline generate_kwargs="
@@ -130,14 +133,19 @@ def sample_between(seconds: tuple[float, float], sample_indices_fn: Callable | N
 class STTSMolmoVideoProcessorKwargs(Molmo2VideoProcessorKwargs, total=False):
     """
     test_time_scaling (`bool`, *optional*):
-        Raise the cap on the number of frames to `ceil(num_frames / (1 - prune_ratio))`. Has no effect with `fps`.
+        Spend what pruning saves on more frames: raise the cap on their number to that of
+        [`STTSMolmoVideoProcessor.scaled_cap`]. Has no effect with `fps`.
     prune_ratio (`float`, *optional*):
         Share `k` of tokens that the model will drop, for `test_time_scaling` alone; the checkpoint's own when not
         given. The model must be told too: no processor drops tokens.
+    max_vision_tokens (`int`, *optional*):
+        The most tokens of a video that the model will keep, for `test_time_scaling` alone; as many frames are taken as
+        fill them at `prune_ratio`. The checkpoint's own when neither is given. The model must be told too.
     """
 
     test_time_scaling: bool | None
     prune_ratio: float | int | None
+    max_vision_tokens: int | None
 
 
 class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
@@ -151,9 +159,11 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         num_frames (`int`, defaults to 64): most frames to sample.
         max_fps (`int`, defaults to 2): frames per second to sample while these are at most `num_frames`.
         fps (`float`, *optional*): sample this many frames per second without a cap, instead of `num_frames`.
-        test_time_scaling (`bool`, defaults to `False`): raise the cap to `ceil(num_frames / (1 - prune_ratio))`.
-        prune_ratio (`float`, *optional*): ratio for `test_time_scaling`. `from_pretrained` reads it from
-            `stts_config` in the checkpoint's `config.json`, which is the only place where it is saved.
+        test_time_scaling (`bool`, defaults to `False`): raise the cap to `ceil(num_frames / (1 - prune_ratio))`, or to
+            the frames that fill `max_vision_tokens` at `prune_ratio`.
+        prune_ratio (`float`, *optional*), max_vision_tokens (`int`, *optional*): for `test_time_scaling`.
+            `from_pretrained` reads them from `stts_config` in the checkpoint's `config.json`, which is the only place
+            where they are saved.
             All other arguments are those of [`Molmo2VideoProcessor`].
 
     What it may read and take is up to whoever runs it, so these are attributes that are never saved, nor arguments
@@ -169,7 +179,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: what was passed is not a video that can be decoded, or may not be read, `fps` and `num_frames` are
-            both given, or `test_time_scaling` has no `prune_ratio`.
+            both given, or `test_time_scaling` is not told what pruning saves.
 
     Example:
 
@@ -181,6 +191,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
 
     test_time_scaling = False
     prune_ratio = None
+    max_vision_tokens = None
     allow_local_files = True
     allow_private_hosts = False
     max_download_bytes = MAX_DOWNLOAD_BYTES
@@ -197,21 +208,23 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         values, kwargs = super().get_video_processor_dict(pretrained_model_name_or_path, **kwargs)
         with contextlib.suppress(OSError):  # a processor saved without its model
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
-            values["prune_ratio"] = (config.get("stts_config") or {}).get("prune_ratio")
+            stts_config = config.get("stts_config") or {}
+            values |= {name: stts_config.get(name) for name in PRUNING_OPTIONS}
         return {name: value for name, value in values.items() if name not in LIMITS}, kwargs
 
     def to_dict(self):
         values = super().to_dict()
-        unsaved = ("prune_ratio", *LIMITS)  # config.json has the first
+        unsaved = (*PRUNING_OPTIONS, *LIMITS)  # config.json has the first
         return {name: value for name, value in values.items() if name not in unsaved}
 
     def preprocess(self, videos: VideoInput, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]) -> BatchFeature:
         validate_typed_dict(self.valid_kwargs, kwargs)  # before files are decoded
         scales = self.test_time_scaling if kwargs.get("test_time_scaling") is None else kwargs["test_time_scaling"]
-        if kwargs.get("prune_ratio") is not None and not scales:
+        given = {name: kwargs[name] for name in PRUNING_OPTIONS if kwargs.get(name) is not None}
+        for name, value in given.items() if not scales else ():
             raise ValueError(
-                f"prune_ratio={kwargs['prune_ratio']} has no effect in a processor without test_time_scaling=True: the "
-                f"model drops the tokens. {TELL_THE_MODEL}"
+                f"{name}={value!r} has no effect in a processor without test_time_scaling=True: the model drops the "
+                f"tokens. {TELL_THE_MODEL}"
             )
         options = {name: kwargs.get(name) for name in (*SAMPLING_OPTIONS, *FRAME_OPTIONS)}
         videos, metadata = self.sample_videos(videos, kwargs.get("video_metadata"), **options)
@@ -282,6 +295,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         max_fps: float | None = None,
         test_time_scaling: bool | None = None,
         prune_ratio: float | None = None,
+        max_vision_tokens: int | None = None,
         **kwargs,
     ) -> np.ndarray:
         """
@@ -291,7 +305,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             `np.ndarray`: int64 `(num_samples,)`, ascending frame indices.
 
         Raises:
-            ValueError: `num_frames` and `fps` are both given, or `test_time_scaling` has no `prune_ratio`.
+            ValueError: `num_frames` and `fps` are both given, or see `scaled_cap`.
         """
         if fps is not None and num_frames is not None:
             raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them.")
@@ -299,9 +313,10 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             fps = self.fps
         if fps is None:
             fps = self.max_fps if max_fps is None else max_fps
-            num_frames = self.num_frames if num_frames is None else num_frames
             if self.test_time_scaling if test_time_scaling is None else test_time_scaling:
-                num_frames = scaled_num_frames(num_frames, self._scaling_ratio(prune_ratio))
+                num_frames = self.scaled_cap(num_frames, prune_ratio, max_vision_tokens)
+            elif num_frames is None:
+                num_frames = self.num_frames
 
         frame_times = getattr(metadata, "frame_times", None)
         if frame_times is None:
@@ -313,14 +328,44 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         sample_times = sample_frame_times(frame_times[-1], num_frames, fps, tolerance)
         return sample_frame_indices(frame_times, sample_times, tolerance)
 
-    def _scaling_ratio(self, prune_ratio: float | None) -> float:
+    def scaled_cap(
+        self, num_frames: int | None = None, prune_ratio: float | None = None, max_vision_tokens: int | None = None
+    ) -> int:
+        """
+        Frame cap of `test_time_scaling`. With a ratio, as many frames as cost the tokens of `num_frames` unpruned ones.
+        With a budget, as many as fill it at the ratio, so that a long video loses the share that the model is made for;
+        one that is too short to be sampled so often loses less, or nothing.
+
+        Args:
+            num_frames, prune_ratio, max_vision_tokens: the processor's own when not given; its budget gives way to
+                any argument.
+
+        Raises:
+            ValueError: `num_frames` and `max_vision_tokens` are both given, there is no ratio, or a value is out of
+                range.
+        """
+        if num_frames is not None and max_vision_tokens is not None:
+            raise ValueError(
+                f"num_frames={num_frames} and max_vision_tokens={max_vision_tokens} exclude each other with "
+                "test_time_scaling, which takes as many frames as fill the tokens; pass one of them."
+            )
+        if num_frames is prune_ratio is max_vision_tokens is None:
+            max_vision_tokens = self.max_vision_tokens
         prune_ratio = self.prune_ratio if prune_ratio is None else prune_ratio
         if prune_ratio is None:
             raise ValueError(
                 "test_time_scaling needs a prune_ratio, and this processor was loaded from no checkpoint with an "
                 "stts_config in its config.json; pass prune_ratio=..., such as 0.5."
             )
-        return prune_ratio
+        if validate_max_vision_tokens(max_vision_tokens) is not None:
+            return scaled_num_frames(Fraction(max_vision_tokens, math.prod(self.grid)), prune_ratio)
+        return scaled_num_frames(self.num_frames if num_frames is None else num_frames, prune_ratio)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of pooled tokens in a frame."""
+        rows, columns = (self.size[side] // self.patch_size for side in ("height", "width"))
+        return math.ceil(rows / self.pooling_size[0]), math.ceil(columns / self.pooling_size[1])
 
     def fetch_videos(
         self,
@@ -452,9 +497,8 @@ class STTSMolmoProcessor(Molmo2Processor):
         return {name: self.as_text(item) for name, item in value.items()}
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        for name in ("method", "max_vision_tokens"):
-            if name in kwargs:
-                raise ValueError(f"{name}={kwargs[name]!r} has no effect in a processor. {TELL_THE_MODEL}")
+        if "method" in kwargs:
+            raise ValueError(f"method={kwargs['method']!r} has no effect in a processor. {TELL_THE_MODEL}")
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):

@@ -50,11 +50,12 @@ PLAYLISTS = ("concat", "dash", "hls")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scaled_num_frames(num_frames: int, prune_ratio: float) -> int:
+def scaled_num_frames(num_frames: int | Fraction, prune_ratio: float) -> int:
     """
     Frame cap of test-time scaling: as many frames as cost the tokens of `num_frames` unpruned ones (section 5.3).
 
-    It is `ceil(num_frames / (1 - prune_ratio))`, with `prune_ratio` read as the decimal it is written as.
+    It is `ceil(num_frames / (1 - prune_ratio))`, with `prune_ratio` read as the decimal it is written as. A budget of
+    tokens that is no whole number of frames makes `num_frames` a fraction.
 
     Raises:
         ValueError: `prune_ratio` is not in `[0, 1)`.

@@ -100,7 +100,15 @@ def test_ask_json_is_one_object_in_a_fresh_process(clip):
     output = subprocess.run(command, capture_output=True, text=True, check=False, cwd=clip.parent)
     assert output.returncode == 0, output.stderr
     result = json.loads(output.stdout)
-    assert list(result) == ["answer", "frames", "method", "prune_ratio", "vision_tokens", "seconds"]
+    assert list(result) == [
+        "answer",
+        "frames",
+        "method",
+        "prune_ratio",
+        "max_vision_tokens",
+        "vision_tokens",
+        "seconds",
+    ]
     assert isinstance(result["answer"], str)
     assert (result["frames"], result["method"], result["prune_ratio"]) == (NUM_SAMPLES, "scorer", 0.5)
     assert result["vision_tokens"] == {"before": 63, "after": 32}  # 63 - floor(31.5)
@@ -138,6 +146,10 @@ def test_ask_resizes_frames_on_the_device_of_the_model(clip, monkeypatch):
         (["--num-frames", 4, "--test-time-scaling", "--prune-ratio", 0.2], 5, 0.2, 36),
         (["--num-frames", 1], 1, 0.5, 9),
         (["--dtype", "bfloat16"], 7, 0.5, 32),
+        (["--max-vision-tokens", 27], 7, 0.571429, 27),  # 36 of 63
+        (["--max-vision-tokens", 64], 7, 0, 63),
+        (["--max-vision-tokens", 20, "--test-time-scaling"], 5, 0.555556, 20),  # ceil(20 / 9 / 0.5)
+        (["--max-vision-tokens", 27, "--method", "none"], 7, 0, 63),
     ],
     ids=str,
 )
@@ -145,6 +157,30 @@ def test_options_reach_processor_and_model(clip, options, num_frames, ratio, kep
     result = ask_json(clip, QUESTION, *options)
     assert (result["frames"], result["prune_ratio"]) == (num_frames, ratio)
     assert result["vision_tokens"] == {"before": num_frames * TOKENS_PER_FRAME, "after": kept}
+
+
+def test_a_budget_of_the_checkpoint(clip, checkpoint, tmp_path):
+    edit_config(checkpoint, stts_config={"max_vision_tokens": 27})
+    options = ["--model", checkpoint]
+    figures = "63 -> 27 (method scorer, at most 27 tokens, prune ratio 0.571429), seconds"
+    assert figures in run("ask", clip, QUESTION, *options).stdout
+    assert "prune ratio    to 27 tokens a video" in run("inspect", checkpoint).stdout
+    result = ask_json(clip, QUESTION, *options, "--test-time-scaling")
+    assert (result["frames"], result["vision_tokens"]["after"]) == (6, 27)  # 27 / 9 / 0.5
+    for option, kept in (["--prune-ratio", 0.8], 13), (["--max-vision-tokens", 18], 18):
+        assert ask_json(clip, QUESTION, *options, *option)["vision_tokens"]["after"] == kept
+    edit_config(checkpoint, stts_config={"max_vision_tokens": None})
+    budget, ratio = tmp_path / "budget.png", tmp_path / "ratio.png"
+    for picture, option in (budget, ["--max-vision-tokens", 27]), (ratio, ["--prune-ratio", 0.571429]):
+        assert run("visualize", clip, "-o", picture, *option).exit_code == 0
+    assert budget.read_bytes() == ratio.read_bytes()
+
+
+def test_a_ratio_and_a_budget_exclude_each_other(clip, tmp_path):
+    both = ["--max-vision-tokens", 27, "--prune-ratio", 0.5]
+    for command in ["ask", clip, QUESTION], ["visualize", clip, "-o", tmp_path / "kept.png"]:
+        assert_readable_error(run(*command, *both), "prune_ratio=0.5 and max_vision_tokens=27 exclude each other")
+    assert_readable_error(run("ask", clip, QUESTION, "--max-vision-tokens", 8), "less than the 9 tokens of a frame")
 
 
 def test_one_frame_video_keeps_everything(tmp_path):
@@ -177,12 +213,14 @@ def test_a_checkpoint_is_loaded_once_for_many_questions(clip, monkeypatch):
 
 def test_convert_makes_a_checkpoint_that_answers(clip, molmo2, tmp_path):
     destination = tmp_path / "stts"
-    result = run("convert", molmo2, destination, "--prune-ratio", 0.3, "--prune-layer", 1, "--preset", "paper")
+    options = ["--prune-ratio", 0.3, "--max-vision-tokens", 90, "--prune-layer", 1, "--preset", "paper"]
+    result = run("convert", molmo2, destination, *options)
     assert result.exit_code == 0, result.output
     assert str(destination) in result.stdout
     stts_config = json.loads((destination / "config.json").read_text())["stts_config"]
     assert (stts_config["prune_ratio"], stts_config["prune_layer"], stts_config["aux_target"]) == (0.3, 1, "pooled")
-    result = ask_json(clip, QUESTION, "--model", destination, "--method", "cosine")
+    assert stts_config["max_vision_tokens"] == 90
+    result = ask_json(clip, QUESTION, "--model", destination, "--method", "cosine", "--prune-ratio", 0.3)
     assert result["vision_tokens"] == {"before": 63, "after": 45}  # 63 - floor(18.9)
 
 

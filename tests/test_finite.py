@@ -11,7 +11,7 @@ from stts_molmo.tools.answer import answer_question
 from stts_molmo.tools.checkpoint import Checkpoint
 from stts_molmo.tools.cli import app
 from stts_molmo.tools.finite import NotFiniteError, RequireFinite
-from stts_molmo.tools.video import make_inputs
+from stts_molmo.tools.video import make_video_inputs
 from typer.testing import CliRunner
 
 
@@ -61,11 +61,11 @@ def test_wherever_the_weight_is(checkpoint, name, value):
 @pytest.mark.parametrize("method", METHODS)
 def test_pixels_that_are_not_finite_are_named(checkpoint, method, monkeypatch):
     def spoilt(*arguments):
-        inputs = make_inputs(*arguments)
+        inputs = make_video_inputs(*arguments)
         inputs["pixel_values_videos"][0, 7, 7] = math.inf
         return inputs
 
-    monkeypatch.setattr("stts_molmo.tools.answer.make_inputs", spoilt)
+    monkeypatch.setattr("stts_molmo.tools.answer.make_video_inputs", spoilt)
     with pytest.raises(ValueError, match=r"the input pixel_values_videos is not finite \(1 of 15,552 .* image_mean"):
         ask(checkpoint, method=method)
 

@@ -169,6 +169,11 @@ def num_sampled(video_processor, total_num_frames, source_fps, **kwargs) -> int:
         ({"test_time_scaling": True, "prune_ratio": 0.2}, 10),
         ({"test_time_scaling": True, "prune_ratio": 0.5}, 16),
         ({"test_time_scaling": True, "prune_ratio": 0.5, "num_frames": 8}, 16),
+        ({"test_time_scaling": True, "max_vision_tokens": 72}, 16),  # 8 frames of 9 tokens, at the checkpoint's 0.5
+        ({"test_time_scaling": True, "max_vision_tokens": 40}, 9),  # ceil(40 / 9 / 0.5)
+        ({"test_time_scaling": True, "max_vision_tokens": 40, "prune_ratio": 0.2}, 6),
+        ({"test_time_scaling": True, "max_vision_tokens": 40, "prune_ratio": 0}, 5),
+        ({"test_time_scaling": True, "max_vision_tokens": 400}, 21),  # there is no more to be had at 2 fps
         ({"do_sample_frames": False}, 101),
     ],
 )
@@ -191,12 +196,27 @@ def test_a_rate_of_the_processors_own_gives_way_to_a_number():
     assert num_sampled(video_processor, 101, 10.0, num_frames=8) == 8
 
 
-@pytest.mark.parametrize("kwargs", [{"prune_ratio": 0.9}, {"prune_ratio": 3}, {"method": "cosine"}], ids=str)
+def test_a_budget_of_the_processors_own_gives_way_to_any_argument():
+    processor = STTSMolmoVideoProcessor(num_frames=8, test_time_scaling=True, prune_ratio=0.5, max_vision_tokens=810)
+    assert processor.grid == (9, 9)
+    assert processor.scaled_cap() == 20
+    assert processor.scaled_cap(max_vision_tokens=64 * 81) == scaled_num_frames(64, 0.5)
+    assert processor.scaled_cap(prune_ratio=0.2) == 10
+    assert processor.scaled_cap(num_frames=4) == 8
+    with pytest.raises(ValueError, match="num_frames=4 and max_vision_tokens=9 exclude each other"):
+        processor.scaled_cap(num_frames=4, max_vision_tokens=9)
+    with pytest.raises(ValueError, match="max_vision_tokens=0 must be a whole number"):
+        processor.scaled_cap(max_vision_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"prune_ratio": 0.9}, {"prune_ratio": 3}, {"max_vision_tokens": 9}, {"method": "cosine"}], ids=str
+)
 def test_what_only_the_model_can_do_is_refused(processor, clip, kwargs):
     (given,) = (f"{name}={value!r}" for name, value in kwargs.items())
     with pytest.raises(ValueError, match=f"{given} has no effect in a processor.*generate_kwargs=.*generation_config"):
         processor(text="<|video|>", videos=clip, **kwargs)
-    if "prune_ratio" in kwargs:
+    if "method" not in kwargs:
         with pytest.raises(ValueError, match=f"{given} has no effect in a processor without test_time_scaling"):
             processor.video_processor(clip, **kwargs)
 
@@ -700,12 +720,17 @@ def test_ratio_follows_config_json_and_is_saved_nowhere_else(checkpoint, tmp_pat
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     processor.video_processor.test_time_scaling = True
     processor.save_pretrained(again)
-    assert "prune_ratio" not in (again / "processor_config.json").read_text()
-    (again / "config.json").write_text(json.dumps({"model_type": "stts_molmo", "stts_config": {"prune_ratio": 0.5}}))
+    saved = (again / "processor_config.json").read_text()
+    assert "prune_ratio" not in saved and "max_vision_tokens" not in saved
+    stts_config = {"prune_ratio": 0.5}
+    (again / "config.json").write_text(json.dumps({"model_type": "stts_molmo", "stts_config": stts_config}))
     second = AutoProcessor.from_pretrained(again, trust_remote_code=True)
     assert second.video_processor.prune_ratio == 0.5
     assert second.video_processor.test_time_scaling is True
     assert num_sampled(second.video_processor, 400, 10.0) == 16
+    stts_config["max_vision_tokens"] = 45
+    (again / "config.json").write_text(json.dumps({"model_type": "stts_molmo", "stts_config": stts_config}))
+    assert num_sampled(load("STTSMolmoVideoProcessor", again), 400, 10.0) == 10
 
 
 @pytest.mark.parametrize("config", [None, {"model_type": "molmo2"}])

@@ -21,7 +21,7 @@ from stts_molmo.tools.visualization import GAP, LABEL_HEIGHT, TILE
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration, pipeline
 from typer.testing import CliRunner
 
-MAX_LINES = 220
+MAX_LINES = 240
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 CARD = (TINY / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

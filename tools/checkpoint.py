@@ -177,7 +177,8 @@ def describe_checkpoint(checkpoint: str) -> dict[str, str]:
     pruning = stts.pruning()
     if is_stts:
         lines["method"] = f"{stts.method}, after ViT layer {stts.prune_layer} of {vision.num_hidden_layers}"
-        lines["prune ratio"] = f"{pruning.prune_ratio:g}"
+        budget = pruning.max_vision_tokens
+        lines["prune ratio"] = f"{pruning.prune_ratio:g}" if budget is None else f"to {budget} tokens a video"
     tokens_per_frame = math.prod(math.ceil(side // vision.patch_size / stts.pooling_size) for side in vision.image_size)
     lines["frames"] = format_row(FRAME_COUNTS)
     lines["vision tokens"] = format_row(frames * tokens_per_frame for frames in FRAME_COUNTS)

@@ -63,6 +63,9 @@ Method = Annotated[
         "no trained scorer."
     ),
 ]
+MaxVisionTokens = Annotated[
+    int | None, typer.Option(min=1, help="The most tokens of the video to keep, in place of a ratio.")
+]
 NumFrames = Annotated[
     int | None, typer.Option(min=1, help="Most frames to sample; the checkpoint's own when not given.")
 ]
@@ -93,10 +96,15 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
     model: Model = str(BUNDLED_CHECKPOINT),
     prune_ratio: PruneRatio = None,
+    max_vision_tokens: MaxVisionTokens = None,
     method: Method = None,
     num_frames: NumFrames = None,
     test_time_scaling: Annotated[
-        bool, typer.Option("--test-time-scaling", help="Spend what pruning saves on more frames: n / (1 - ratio).")
+        bool,
+        typer.Option(
+            "--test-time-scaling",
+            help="Spend what pruning saves on more frames: n / (1 - ratio), or as many as fill --max-vision-tokens.",
+        ),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     allow_untrained: Annotated[
@@ -122,6 +130,7 @@ def ask(
             video,
             question,
             prune_ratio=prune_ratio,
+            max_vision_tokens=max_vision_tokens,
             method=method,
             num_frames=num_frames,
             test_time_scaling=test_time_scaling,
@@ -134,12 +143,7 @@ def ask(
         typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
         return
     typer.echo(result.answer)
-    typer.echo(
-        f"{result.frames} frame{'' if result.frames == 1 else 's'}, "
-        f"vision tokens {result.vision_tokens['before']} -> {result.vision_tokens['after']} "
-        f"(method {result.method}, prune ratio {result.prune_ratio:g}), seconds: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items())
-    )
+    typer.echo(result.figures())
 
 
 @app.command()
@@ -148,6 +152,7 @@ def visualize(
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture (.png) or video (.mp4) to write.")],
     model: Model = str(BUNDLED_CHECKPOINT),
     prune_ratio: PruneRatio = None,
+    max_vision_tokens: MaxVisionTokens = None,
     method: Method = None,
     compare: Annotated[str | None, typer.Option(help="Another method, drawn below the first.")] = None,
     num_frames: NumFrames = None,
@@ -173,11 +178,21 @@ def visualize(
             from .visualization import visualize as draw
 
         checkpoint = Checkpoint(model, device, dtype)
-        methods = [checkpoint.config.stts_config.pruning(prune_ratio, method).method, *([compare] if compare else [])]
+        pruning = checkpoint.config.stts_config.pruning(prune_ratio, method, max_vision_tokens)
+        methods = [pruning.method, *([compare] if compare else [])]
         if "scorer" in methods and checkpoint.model.has_untrained_scorer():
             typer.echo(f"The token scorer of {model} is not trained: its choice is random. {TRAIN_OR_COSINE}", err=True)
         columns = 8 if is_picture else 1
-        images = draw(checkpoint.model, checkpoint.processor, video, methods, prune_ratio, num_frames, columns)
+        images = draw(
+            checkpoint.model,
+            checkpoint.processor,
+            video,
+            methods,
+            prune_ratio,
+            num_frames,
+            columns,
+            max_vision_tokens=max_vision_tokens,
+        )
         (save_png if is_picture else save_mp4)(images, output)
     typer.echo(f"Wrote {output}.")
 
@@ -191,6 +206,7 @@ def convert(
     prune_ratio: Annotated[
         float | None, typer.Option(help="Share of a video's tokens that the new checkpoint drops, in [0, 1).")
     ] = None,
+    max_vision_tokens: MaxVisionTokens = None,
     prune_layer: Annotated[
         int | None, typer.Option(help="ViT layer, counted from 0, after which tokens are scored.")
     ] = None,
@@ -219,7 +235,7 @@ def convert(
             from .conversion import convert_checkpoint
 
         logging.set_verbosity_error()  # that the source has no scorer is no news here
-        given = {"prune_ratio": prune_ratio, "prune_layer": prune_layer}
+        given = {"prune_ratio": prune_ratio, "max_vision_tokens": max_vision_tokens, "prune_layer": prune_layer}
         stts_config = {name: value for name, value in given.items() if value is not None}
         if preset is not None:
             make = {"default": STTSConfig, "paper": STTSConfig.paper, "authors": STTSConfig.authors}[preset]

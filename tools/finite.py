@@ -1,7 +1,7 @@
 """What to do about numbers that are none: notice them in an answer, and find where they come from."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -25,12 +25,12 @@ class RequireFinite(LogitsProcessor):
 
 
 @contextlib.contextmanager
-def explained_not_finite(model: nn.Module, inputs: BatchFeature, **pruning) -> Iterator[None]:
+def explained_not_finite(model: nn.Module, make_inputs: Callable[[], BatchFeature], **pruning) -> Iterator[None]:
     """Say, as a `ValueError`, where the numbers come from that [`RequireFinite`] found; see [`find_not_finite`]."""
     try:
         yield
     except NotFiniteError as error:
-        raise ValueError(f"The model has no answer: {find_not_finite(model, inputs, **pruning)}") from error
+        raise ValueError(f"The model has no answer: {find_not_finite(model, make_inputs(), **pruning)}") from error
 
 
 @torch.no_grad()

@@ -38,17 +38,30 @@ def read_clip(processor: STTSMolmoProcessor, video, **sampling) -> Clip:
     return Clip(frames, metadata)
 
 
-def make_inputs(processor: STTSMolmoProcessor, clip: Clip, question: str, device: torch.device | str) -> BatchFeature:
-    """All inputs of the model for a question about a clip, which is resized on `device`."""
-    content = [{"type": "video"}, {"type": "text", "text": question}]
-    return processor(
-        text=render_prompt(processor, [{"role": "user", "content": content}]),
-        videos=[clip.frames],
-        video_metadata=[clip.metadata],
-        do_sample_frames=False,
-        device=device,
-        return_tensors="pt",
-    ).to(device)
+def make_video_inputs(processor: STTSMolmoProcessor, clip: Clip, device: torch.device | str) -> BatchFeature:
+    """The model's inputs for a clip's pixels, `VIDEO_INPUTS`, made on `device`."""
+    options = {"video_metadata": [clip.metadata], "do_sample_frames": False, "device": device}
+    inputs = processor.video_processor([clip.frames], **options, return_tensors="pt")
+    return BatchFeature({name: inputs[name] for name in VIDEO_INPUTS}).to(device)
+
+
+def make_prompt(processor: STTSMolmoProcessor, clip: Clip, messages: list[dict]) -> BatchFeature:
+    """
+    The model's inputs for the text of a chat about a clip.
+
+    Args:
+        messages: one of them has the part `{"type": "video"}`.
+
+    Raises:
+        ValueError: there is another number of videos in them, or the checkpoint's chat template is not usable.
+    """
+    grid = torch.tensor([len(clip.frames), *processor.video_processor.grid])
+    clips = {"video_grids": [grid], "video_metadata": [clip.metadata]}
+    prompt = render_prompt(processor, messages)  # in which no user's text holds the placeholder any more
+    if prompt.count(processor.video_token) != 1:
+        raise ValueError(f"The prompt has {prompt.count(processor.video_token)} videos in it; expected one.")
+    text = prompt.replace(processor.video_token, processor.replace_video_token(clips, 0))
+    return processor(text=text, return_tensors="pt")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..outputs_stts_molmo import STTSMolmoVideoFeatures
 from ..processing_stts_molmo import STTSMolmoProcessor
-from .video import encode_video, explained_out_of_memory, make_inputs, read_clip
+from .video import encode_video, explained_out_of_memory, make_video_inputs, read_clip
 
 TILE = 162  # pixels of a drawn frame's side
 GAP = 6
@@ -33,6 +33,7 @@ def visualize(
     prune_ratio: float | None = None,
     num_frames: int | None = None,
     columns: int = 8,
+    max_vision_tokens: int | None = None,
 ) -> list[Image.Image]:
     """
     Draw what each method keeps of a video.
@@ -43,6 +44,7 @@ def visualize(
         prune_ratio: share of tokens to drop; the checkpoint's own when not given.
         num_frames: most frames to sample; the checkpoint's own when not given.
         columns: most frames in a row; each image holds one row of every method.
+        max_vision_tokens: the most tokens to keep, in place of a ratio.
 
     Returns:
         One image for each row of frames.
@@ -51,12 +53,13 @@ def visualize(
         ValueError: `video` cannot be decoded, or a method or ratio is out of range.
     """
     clip = read_clip(processor, video, num_frames=num_frames)
-    inputs = make_inputs(processor, clip, "", model.device)
+    inputs = make_video_inputs(processor, clip, model.device)
     grid = tuple(inputs["video_grids"][0, 1:].tolist())
     patches = inputs["pixel_values_videos"].cpu()
     frames = unpatchify(patches, model.config.vision_config.patch_size, processor.video_processor)
     with explained_out_of_memory(clip, model.device):
-        features = {name: encode_video(model, inputs, prune_ratio=prune_ratio, method=name) for name in methods}
+        pruning = {"prune_ratio": prune_ratio, "max_vision_tokens": max_vision_tokens}
+        features = {name: encode_video(model, inputs, method=name, **pruning) for name in methods}
     drawn = {name: draw_frames(frames, kept, grid) for name, kept in features.items()}
     columns = math.ceil(len(frames) / math.ceil(len(frames) / columns))  # as few white tiles as the rows allow
     times = [f"{time:.1f} s" for time in clip.metadata.timestamps]
