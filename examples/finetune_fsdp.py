@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as checkpoint
 from finetune import load_chats
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.tools.distributed import encode_in_step, save_sharded, shard
+from stts_molmo.tools.distributed import clip_gradients, encode_in_step, save_sharded, shard
 from stts_molmo.tools.publishing import inherited, write_card
 from stts_molmo.tools.training import VideoQACollator, parameter_groups
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> list[float]:
             (loss * world_size).backward()  # FSDP takes the mean of the processes' gradients, and this is a share
             total += loss.detach()
         dist.all_reduce(total)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

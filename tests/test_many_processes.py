@@ -182,10 +182,10 @@ def test_two_processes_train_as_one_does_and_resume(tmp_path):
         alone = fine_tune(0, tmp_path, checkpoint, "alone", "--max_steps", "4", "--gradient_accumulation_steps", "2")
     finally:
         dist.destroy_process_group()
-    assert alone == pytest.approx(whole, rel=1e-6)
+    assert alone == whole
     ours, expected = (STTSMolmoForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("whole", "alone"))
     for (name, parameter), other in zip(expected.named_parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(other, parameter, rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(other, parameter), name
     assert (tmp_path / "whole" / "modeling_stts_molmo.py").exists()
     assert "finetune.jsonl, 4 steps" in (tmp_path / "whole" / "README.md").read_text()
 
@@ -236,4 +236,4 @@ def test_tensor_parallel_is_as_one_process(tmp_path):
         assert shape == (16, 32)  # half of the queries
         torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
         for name, gradient in scorer.items():
-            torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=0, atol=1e-6, msg=name)
