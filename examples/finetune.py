@@ -26,6 +26,7 @@ from datasets import Dataset, Video, load_dataset
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.publishing import inherited, write_card
+from stts_molmo.tools.sampling import StepSampler
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -80,6 +81,13 @@ class FinetuneArguments(TrainingArguments):
 def load_chats(name: str, split: str) -> Dataset:
     """Rows `{"messages": chat}` of a JSON Lines file, a folder or a dataset on the Hub."""
     path = Path(name)
+    folder = path.parent if path.is_file() else path
+    return load_rows(name, split).with_transform(partial(to_chats, folder=folder))
+
+
+def load_rows(name: str, split: str) -> Dataset:
+    """Rows as they are stored."""
+    path = Path(name)
     if path.suffix in (".json", ".jsonl") and not path.is_file():
         raise FileNotFoundError(f"There is no dataset file {name!r}; check the path.")
     dataset = load_dataset("json", data_files=name, split=split) if path.is_file() else load_dataset(name, split=split)
@@ -92,7 +100,7 @@ def load_chats(name: str, split: str) -> Dataset:
     for column, feature in dataset.features.items():
         if isinstance(feature, Video):  # the processor decodes, and only the frames it samples
             dataset = dataset.cast_column(column, Video(decode=False))
-    return dataset.with_transform(partial(to_chats, folder=path.parent if path.is_file() else path))
+    return dataset
 
 
 def to_chats(columns: dict[str, list], folder: Path) -> dict[str, list]:
@@ -119,14 +127,42 @@ def to_chat(row: dict, folder: Path) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": str(row["answer"])}]
 
 
+def media_of_rows(name: str, split: str) -> list[str | None]:
+    """`"video"`, `"image"` or `None` of each row that [`load_chats`] gives, without reading a video."""
+    rows = load_rows(name, split)
+    if "messages" in rows.column_names:
+        return [media_of_chat(chat) for chat in rows["messages"]]
+    if "video" not in rows.column_names:
+        return [None] * len(rows)
+    tables = rows.select_columns("video").with_format("arrow").iter(1000)
+    return ["video" if there else None for table in tables for there in table["video"].is_valid().to_pylist()]
+
+
+def media_of_chat(messages: list[dict]) -> str | None:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return next((part["type"] for part in parts if part["type"] in ("video", "image")), None)
+
+
 def locate(part: dict, folder: Path) -> dict:
-    return {**part, **{key: locate_file(part[key], folder) for key in ("path", "video", "url") if key in part}}
+    return {**part, **{key: locate_file(part[key], folder) for key in ("path", "video", "image", "url") if key in part}}
 
 
 def locate_file(file, folder: Path):
     if isinstance(file, dict):  # a column of videos: embedded bytes, or the path of a file
         return file["path"] if file["bytes"] is None else file["bytes"]
     return str(folder / file) if isinstance(file, str) and "://" not in file else file
+
+
+class JointTrainer(Trainer):
+    """Each micro-batch has videos or images, and each step a video: see [`stts_molmo.tools.sampling.plan_epoch`]."""
+
+    def __init__(self, *args, media: list[str | None], **kwargs):
+        self.media = media
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None) -> StepSampler:
+        per_step = self.args.gradient_accumulation_steps * self.args.world_size
+        return StepSampler(self.media, self._train_batch_size, per_step)
 
 
 def load_model(script: ScriptArguments, **kwargs) -> STTSMolmoForConditionalGeneration:
@@ -175,9 +211,10 @@ def main(argv: list[str] | None = None) -> Trainer:
     groups = parameter_groups(
         model, args.learning_rate, script.vision_learning_rate, script.scorer_learning_rate, args.weight_decay
     )
-    trainer = Trainer(
+    trainer = JointTrainer(
         model,
         args,
+        media=media_of_rows(script.dataset, script.train_split),
         train_dataset=load_chats(script.dataset, script.train_split),
         eval_dataset=load_chats(script.dataset, script.eval_split) if script.eval_split else None,
         data_collator=VideoQACollator(processor, max_length=script.max_length, stts_config=model.config.stts_config),

@@ -9,47 +9,27 @@ On two processes of a CPU, and on eight GPUs of each of two machines:
         examples/finetune_fsdp.py --model molmo2-4b-stts --dataset my_videos.jsonl --output_dir /shared/runs/fsdp \\
         --bf16 --gradient_checkpointing --max_length 9686 --per_device_train_batch_size 8
 
-A run goes on from the newest checkpoint in its folder. Rows with videos, with images and without either may be mixed,
-if a micro-batch has videos or images, not both: `--images` then makes every process run both paths in each step.
+A run goes on from the newest checkpoint in its folder. Rows with videos, with images and without either may be mixed.
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-from finetune import load_chats
+from finetune import load_chats, media_of_rows
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
-from stts_molmo.tools.distributed import encode_in_step, save_sharded, shard
+from stts_molmo.tools.distributed import clip_gradients, encode_in_step, save_sharded, shard
 from stts_molmo.tools.publishing import inherited, write_card
+from stts_molmo.tools.sampling import micro_batches
 from stts_molmo.tools.training import VideoQACollator, parameter_groups
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
-
-
-class EqualShares(Sampler):
-    """Rows of this process, micro-batch after micro-batch: the same ones in a step for any number of processes."""
-
-    def __init__(self, num_rows: int, batch_size: int, rank: int, world_size: int, first: int, last: int):
-        """`first` and `last` count this process's micro-batches."""
-        self.num_rows, self.batch_size, self.rank, self.world_size = num_rows, batch_size, rank, world_size
-        self.first, self.last = first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self):
-        for number in range(self.first, self.last):
-            start = (number * self.world_size + self.rank) * self.batch_size
-            yield [self.shuffled(row) for row in range(start, start + self.batch_size)]
-
-    def shuffled(self, row: int) -> int:
-        epoch, row = divmod(row, self.num_rows)
-        return int(torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(epoch))[row])
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,7 +47,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_frames", type=int, help="most frames of a video; else the checkpoint's")
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument("--images", action="store_true", help="the dataset has rows with images")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights are kept in float32")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     return parser.parse_args(argv)
@@ -95,7 +74,8 @@ def main(argv: list[str] | None = None) -> list[float]:
         model.gradient_checkpointing_enable()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.bf16 else None
     shard(model, **({"mp_policy": policy} if policy else {}))
-    encode_in_step(model, images=args.images)
+    media = media_of_rows(args.dataset, "train")
+    encode_in_step(model, images="image" in media)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate))
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.max_steps)
 
@@ -110,27 +90,28 @@ def main(argv: list[str] | None = None) -> list[float]:
     rows, accumulation = load_chats(args.dataset, "train"), args.gradient_accumulation_steps
     options = {"num_frames": args.num_frames} if args.num_frames else {}
     collator = VideoQACollator(processor, options, args.max_length, model.config.stts_config)
-    shares = (rank, world_size, done * accumulation, args.max_steps * accumulation)
+    per_step = accumulation * world_size
+    every = micro_batches(media, args.per_device_train_batch_size, per_step)
     batches = iter(
         DataLoader(
             rows,
-            batch_sampler=EqualShares(len(rows), args.per_device_train_batch_size, *shares),
+            batch_sampler=islice(every, done * per_step + rank, args.max_steps * per_step, world_size),
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
         )
     )
     losses = []
     for step in range(done + 1, args.max_steps + 1):
-        micro_batches = [next(batches).to(device) for _ in range(accumulation)]
-        num_labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+        step_batches = [next(batches).to(device) for _ in range(accumulation)]
+        num_labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in step_batches)
         dist.all_reduce(num_labels)
         total = torch.zeros((), device=device)
-        for batch in micro_batches:
+        for batch in step_batches:
             loss = model(**batch, num_items_in_batch=num_labels, use_cache=False).loss
             (loss * world_size).backward()  # FSDP takes the mean of the processes' gradients, and this is a share
             total += loss.detach()
         dist.all_reduce(total)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        clip_gradients(model, args.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

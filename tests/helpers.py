@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.repocard import metadata_load
+from PIL import Image
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
@@ -461,3 +462,15 @@ class HubHandler(BaseHTTPRequestHandler):
         return self.reply(b"", 404, X_Error_Code=code, X_Repo_Commit=self.commit)
 
     do_HEAD = do_GET
+
+
+def write_joint_rows(path: Path) -> Path:
+    """A dataset like the paper's Table 4 in small: videos, an image, two images, text."""
+    Image.new("RGB", (36, 36), "red").save(path.with_name("red.png"))
+    image, text = {"type": "image", "path": "red.png"}, {"type": "text", "text": "What color is it?"}
+    video = {"type": "video", "path": CLIP}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+    contents = [[video, text], [image, text], [image, image, text], [text], [video, text]]
+    chats = [{"messages": [{"role": "user", "content": content}, answer]} for content in contents]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return path

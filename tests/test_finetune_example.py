@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLIP, ROOT, load_processor, make_tokenized_model, randomize, tokenized_config
+from helpers import CLIP, ROOT, load_processor, make_tokenized_model, randomize, tokenized_config, write_joint_rows
 from safetensors.torch import load_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
@@ -37,13 +37,13 @@ for folder in sys.argv[1:]:
     print(type(model).__name__, model.config.stts_config.prune_ratio, type(processor).__name__, num_frames)
 """
 
-# Two runs on two processes: equal rows, for comparison with one process; then one row without a video, which leaves one
-# process without gradients for the vision tower.
+# Two runs on two processes: equal rows, for comparison with one process; then rows of all kinds, of which one process
+# has a video, and the other images, or text and no gradients for the vision tower.
 ON_TWO_PROCESSES = """
 import sys, torch, torch.distributed, finetune
-for name in ("equal", "mixed"):
+for name in ("equal", "joint"):
     run = ["--dataset", f"{name}.jsonl", "--output_dir", name]
-    trainer = finetune.main([*run, *sys.argv[1:], *(["--gradient_checkpointing"] if name == "mixed" else [])])
+    trainer = finetune.main([*run, *sys.argv[1:], *(["--gradient_checkpointing"] if name == "joint" else [])])
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     both = [torch.empty_like(weights) for _ in range(2)]
     torch.distributed.all_gather(both, weights)
@@ -171,7 +171,7 @@ def test_starts_from_a_plain_molmo2_checkpoint(tmp_path):
 def test_two_processes_equal_one(checkpoint, tmp_path):
     question = {"video": CLIP, "question": "Which shape?", "answer": "ring"}
     equal = write_rows(tmp_path / "equal.jsonl", question, {**question, "question": "What is it?"})
-    write_rows(tmp_path / "mixed.jsonl", {"video": CLIP, **question}, {**question, "video": None})
+    write_joint_rows(tmp_path / "joint.jsonl")
     driver = tmp_path / "driver.py"
     driver.write_text(ON_TWO_PROCESSES)
     with socket.socket() as probe:
@@ -191,6 +191,17 @@ def test_two_processes_equal_one(checkpoint, tmp_path):
     state = json.loads((tmp_path / "equal" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     for name in ("loss", "aux_loss", "grad_norm"):
         assert [logs[name] for logs in state] == pytest.approx(logged(alone.state, name), rel=1e-4), name
+    state = json.loads((tmp_path / "joint" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert sum("aux_loss" in logs for logs in state) == 2  # a video in each step
+
+
+def test_joint_training_has_a_video_in_each_step(checkpoint, tmp_path):
+    dataset = write_joint_rows(tmp_path / "joint.jsonl")
+    flags = arguments(checkpoint, tmp_path / "out", "--per_device_train_batch_size", "1", dataset=dataset, steps=4)
+    with pytest.raises(ValueError, match="2 rows have a video, 2 have images and 1 neither.* Raise gradient_accumul"):
+        finetune.main(flags)
+    trainer = finetune.main([*flags, "--gradient_accumulation_steps", "2"])
+    assert len(logged(trainer.state, "loss")) == len(logged(trainer.state, "aux_loss")) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,6 +219,16 @@ def test_rows_of_questions(tmp_path):
     assert [part["type"] for part in chats[1]["messages"][0]["content"]] == ["text"]
     assert chats[2]["messages"][0]["content"][0]["path"] == "https://host/b.mp4"
     assert chats[3]["messages"][0]["content"][0]["path"] == "/videos/b.mp4"
+
+
+def test_media_of_rows(tmp_path):
+    joint = write_joint_rows(tmp_path / "joint.jsonl")
+    assert finetune.media_of_rows(str(joint), "train") == ["video", "image", "image", None, "video"]
+    assert finetune.media_of_rows(str(joint), "train[1:4]") == ["image", "image", None]
+    rows = [{"video": None, "question": "Why?", "answer": "so"}, {"video": "no.mp4", "question": "?", "answer": "ring"}]
+    assert finetune.media_of_rows(str(write_rows(tmp_path / "rows.jsonl", *rows)), "train") == [None, "video"]
+    rows = write_rows(tmp_path / "text.jsonl", {"question": "Why?", "answer": "so"})
+    assert finetune.media_of_rows(str(rows), "train") == [None]
 
 
 def test_numbers_are_answers_too(tmp_path):
@@ -252,3 +273,4 @@ def test_folder_of_videos(tmp_path):
     write_rows(tmp_path / "metadata.jsonl", {"file_name": "quiet.mp4", "question": "Which?", "answer": "ring"})
     (row,) = finetune.load_chats(str(tmp_path), "train")
     assert row["messages"][0]["content"][0]["path"] == str(tmp_path / "quiet.mp4")
+    assert finetune.media_of_rows(str(tmp_path), "train") == ["video"]

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY
-from PIL import Image
+from helpers import ROOT, TINY, write_joint_rows
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -36,13 +35,7 @@ def folder(tmp_path_factory) -> Path:
     model = Molmo2ForConditionalGeneration.from_pretrained(TINY, config=Molmo2Config.from_dict(config))
     model.save_pretrained(molmo2)
 
-    Image.new("RGB", (36, 36), "red").save(folder / "runs" / "red.png")
-    image, text = {"type": "image", "path": "red.png"}, {"type": "text", "text": "What color is it?"}
-    video = {"type": "video", "path": str(ROOT / "examples" / "clips" / "quiet.mp4")}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
-    rows = [[video, text], [image, text], [image, image, text], [text], [video, text]]
-    chats = [{"messages": [{"role": "user", "content": content}, answer]} for content in rows]
-    (folder / "runs" / "mixed.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_joint_rows(folder / "runs" / "joint.jsonl")
     return folder
 
 

@@ -94,6 +94,21 @@ def shard(model: STTSMolmoForConditionalGeneration, mesh: DeviceMesh | None = No
     register_fsdp_forward_method(model, "generate")  # which begins before `forward` does
 
 
+def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """
+    Scale the gradients of a sharded model down to a norm of `max_norm`, as `torch.nn.utils.clip_grad_norm_` does, with
+    the norm summed in float64: in float32 its last bits, and soon the losses, depend on who holds which shard.
+
+    Returns:
+        The norm before, float32 scalar, the same on all processes.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).full_tensor().float()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 def save_sharded(model: STTSMolmoForConditionalGeneration, folder: str | os.PathLike) -> None:
     """Write a sharded model as a checkpoint like any other; all processes must call it."""
     model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
