@@ -13,11 +13,13 @@ LORA = [
     "peft>=0.18,<1",
 ]
 QUANTIZE = ["torchao>=0.15,<1"]
+PARQUET = ["pyarrow>=21,<27"]
 TRL = ["trl>=1.5,<2"]
 TEST = [
     *TRAIN,
     "hypothesis>=6.100,<7",
     "packaging>=24,<27",
+    *PARQUET,
     "pyright[nodejs]>=1.1.400,<=1.1.414",
     "pytest>=8.4,<10",
     "ruff>=0.17,<0.18",
@@ -55,6 +57,13 @@ setup(
         "transformers[chat-template,vision]>=5.20.2,<6",
         "typer>=0.24,<1",
     ],
-    extras_require={"train": TRAIN, "lora": LORA, "quantize": QUANTIZE, "trl": TRL, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "lora": LORA,
+        "quantize": QUANTIZE,
+        "trl": TRL,
+        "parquet": PARQUET,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
 )

@@ -1,6 +1,11 @@
 """One video and many questions: each road to an answer gives the same one, and a video is watched once."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
+import stts_molmo.tools.conversation
 import torch
 from helpers import CLIP, TINY, load_processor
 from hypothesis import given
@@ -9,7 +14,12 @@ from stts_molmo.generation_stts_molmo import VIDEO_INPUTS
 from stts_molmo.pruning_stts_molmo import num_kept_tokens
 from stts_molmo.tools.answer import WatchedVideo, answer_question, ask_about, ratio_of
 from stts_molmo.tools.checkpoint import Checkpoint
+from stts_molmo.tools.cli import app
+from stts_molmo.tools.conversation import Conversation
+from stts_molmo.tools.tables import read_rows
+from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
+from typer.testing import CliRunner
 
 QUESTIONS = ["What color is the still shape?", "Which shape moves?", "What color is the moving shape?"]
 PRUNINGS = [{"prune_ratio": 0}, {"prune_ratio": 0.7}, {"max_vision_tokens": 20, "method": "cosine"}, {"method": "tome"}]
@@ -156,3 +166,140 @@ def test_a_chat_has_one_video(checkpoint):
             watched.answer(chat)
     with pytest.raises(ValueError, match="The question ' ' is empty"):
         watched.answer(" ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A conversation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in ("ask", *arguments, "--device", "cpu")], **options)
+
+
+def test_a_conversation_is_the_chat_of_its_questions_and_answers(checkpoint):
+    conversation = Conversation(WatchedVideo(checkpoint, CLIP))
+    answers = [conversation.ask(question, max_new_tokens=6).answer for question in QUESTIONS]
+    assert [message["role"] for message in conversation.messages] == 3 * ["user", "assistant"]
+    texts = [message["content"][-1]["text"] for message in conversation.messages]
+    assert texts == [text for pair in zip(QUESTIONS, answers, strict=True) for text in pair]
+    alone = WatchedVideo(checkpoint, CLIP).answer(conversation.messages[:-1], max_new_tokens=6)
+    assert alone.answer == answers[-1]
+    with pytest.raises(ValueError, match="empty"):
+        conversation.ask("")
+    assert len(conversation.messages) == 6
+
+
+def test_questions_that_come_in_by_a_pipe(checkpoint):
+    conversation = Conversation(WatchedVideo(checkpoint, CLIP))
+    expected = [conversation.ask(question).answer for question in QUESTIONS]
+    result = run(CLIP, input="\n".join([QUESTIONS[0], "", *QUESTIONS[1:]]))
+    assert (result.exit_code, result.stdout.splitlines()) == (0, expected)
+    assert result.stderr.count("8 frames, vision tokens 72 -> 36 (method scorer, prune ratio 0.5), seconds: load") == 1
+    rows = list(map(json.loads, run(CLIP, "--json", input="\n".join(QUESTIONS)).stdout.splitlines()))
+    assert [(row["question"], row["answer"]) for row in rows] == list(zip(QUESTIONS, expected, strict=True))
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_questions_that_a_person_types(end, monkeypatch, capsys):
+    typed = iter([QUESTIONS[0], " ", f" {QUESTIONS[1]} "])
+    asked = []
+
+    def type_a_line(prompt):
+        asked.append(prompt)
+        try:
+            return next(typed)
+        except StopIteration:
+            raise end from None
+
+    class Terminal:
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", type_a_line)
+    assert list(stts_molmo.tools.conversation.typed_questions()) == QUESTIONS[:2]
+    assert asked == 4 * ["> "]
+
+
+def test_no_question_came_in():
+    result = run(CLIP, input="")
+    assert (result.exit_code, result.stdout) == (2, "") and "No question came in" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["lines", "objects"])
+def test_a_file_of_questions(checkpoint, kind, tmp_path):
+    file = tmp_path / "questions.txt"
+    line = {"lines": str, "objects": lambda question: json.dumps({"question": question, "id": 3})}[kind]
+    file.write_text("\n\n".join(map(line, [*QUESTIONS, QUESTIONS[0]])))
+    watched = WatchedVideo(checkpoint, CLIP)
+    expected = [watched.answer(question).answer for question in QUESTIONS]
+    lines = run(CLIP, "--questions", file).stdout.splitlines()
+    assert lines == [line for pair in zip(QUESTIONS, expected, strict=True) for line in (f"> {pair[0]}", pair[1])]
+    rows = list(map(json.loads, run(CLIP, "--questions", file, "--json").stdout.splitlines()))
+    assert [(row["question"], row["answer"]) for row in rows] == list(zip(QUESTIONS, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n", "There is no question in"),
+        ('What?\n{"text": "What?"}', "Line 2 of .* is no JSON object with a `question`"),
+        ('{"question": 3}', "Line 1 of"),
+        ("{What?", "Line 1 of"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_without_questions(text, message, tmp_path):
+    file = tmp_path / "questions.txt"
+    if text is not None:
+        file.write_text(text)
+    result = run(CLIP, "--questions", file)
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All roads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruning", [{"prune_ratio": 0.4}, {"max_vision_tokens": 30, "method": "cosine"}], ids=str)
+def test_each_road_gives_the_same_answer(checkpoint, pruning, tmp_path):
+    """The same video, question, pruning and frames, by whatever road."""
+    question, num_frames, longest = QUESTIONS[1], 6, 6
+    flags = [str(x) for name, value in pruning.items() for x in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--num-frames", str(num_frames), "--max-new-tokens", str(longest)]
+    file = tmp_path / "questions.txt"
+    file.write_text(question)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "quiet.mp4").write_bytes(Path(CLIP).read_bytes())
+    tables = [tmp_path / "answers.jsonl", tmp_path / "answers.parquet"]
+    for table in tables:
+        assert run(tmp_path / "clips", question, "-o", table, *flags).exit_code == 0
+
+    content = [{"type": "video", "path": CLIP}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": content}]
+    model, processor = checkpoint.model, checkpoint.processor
+    inputs = processor.apply_chat_template(
+        chat,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_frames": num_frames},
+    )
+    sequences = model.generate(**inputs, max_new_tokens=longest, **pruning)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"max_new_tokens": longest, "return_full_text": False, "generate_kwargs": pruning}
+    answers = {
+        "generate": processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
+        "pipeline": pipe(text=chat, processor_kwargs={"num_frames": num_frames}, **options)[0]["generated_text"],
+        "ask": run(CLIP, question, *flags).stdout.splitlines()[0],
+        "ask --json": json.loads(run(CLIP, question, *flags, "--json").stdout)["answer"],
+        "conversation": run(CLIP, *flags, input=question).stdout.strip(),
+        "questions": run(CLIP, "--questions", file, *flags).stdout.splitlines()[1],
+        "JSON Lines": read_rows(tables[0])[0]["answer"],
+        "parquet": read_rows(tables[1])[0]["answer"],
+    }
+    assert len(set(answers.values())) == 1 and answers["ask"], answers

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from math import ceil
+from math import ceil, prod
 
 import torch
 from transformers import BatchFeature, DynamicCache
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from ..configuration_stts_molmo import Pruning
 from ..prompt_stts_molmo import align_rows, cached_prompt, remember_prompt
+from ..pruning_stts_molmo import num_kept_tokens
 from .checkpoint import TRAIN_OR_COSINE, Checkpoint
 from .console import stage, timed
 from .finite import RequireFinite, explained_not_finite
@@ -92,11 +94,8 @@ class WatchedVideo:
             inputs = make_video_inputs(processor, self.clip, checkpoint.device)
         with timed("load", self._seconds):
             model = checkpoint.model
-        if not allow_untrained and self.pruning.method == "scorer" and model.has_untrained_scorer():
-            raise ValueError(
-                f"The token scorer of {checkpoint.path} is not trained: it would drop tokens at random. "
-                f"{TRAIN_OR_COSINE} To use it as it is, pass --allow-untrained."
-            )
+        if not allow_untrained:
+            require_trained(checkpoint, self.pruning)
         with explained_out_of_memory(self.clip, checkpoint.device), stage("encode", self._seconds):
             self.features = encode_video(model, inputs, **self._options)
             num_kept = int(self.features.keep_mask.sum())
@@ -130,10 +129,11 @@ class WatchedVideo:
             prompt = make_prompt(processor, self.clip, chat).to(checkpoint.device)
         length = prompt["input_ids"].shape[1]
         all_inputs = partial(self._all_inputs, prompt)
+        show = stage if streamer is None else timed  # a spinner and what streams would be in each other's way
         with (
             explained_out_of_memory(self.clip, checkpoint.device),
             explained_not_finite(model, all_inputs, **self._options),
-            stage("generate", seconds),
+            show("generate", seconds),
         ):
             output = model.generate(
                 **prompt,
@@ -197,6 +197,36 @@ def answer_question(
     """
     message = ask_about(question)
     return WatchedVideo(checkpoint, video, **options).answer([message], max_new_tokens=max_new_tokens)
+
+
+def require_usable(
+    checkpoint: Checkpoint,
+    *,
+    num_frames: int | None = None,
+    test_time_scaling: bool = False,
+    allow_untrained: bool = False,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    **pruning,
+) -> None:
+    """
+    Load a checkpoint and raise what [`WatchedVideo`] would raise of any video: to be called before many are watched.
+    """
+    found = checkpoint.config.stts_config.pruning(**pruning)
+    video_processor = checkpoint.processor.video_processor
+    num_kept_tokens(1, prod(video_processor.grid), found.prune_ratio, found.max_vision_tokens)
+    if test_time_scaling:
+        video_processor.scaled_cap(num_frames, pruning.get("prune_ratio"), pruning.get("max_vision_tokens"))
+    if not allow_untrained:
+        require_trained(checkpoint, found)
+
+
+def require_trained(checkpoint: Checkpoint, pruning: Pruning) -> None:
+    """Raise a `ValueError` where a scorer that was never trained would choose."""
+    if pruning.method == "scorer" and checkpoint.model.has_untrained_scorer():
+        raise ValueError(
+            f"The token scorer of {checkpoint.path} is not trained: it would drop tokens at random. {TRAIN_OR_COSINE} "
+            "To use it as it is, pass --allow-untrained."
+        )
 
 
 def ask_about(question: str) -> dict:

@@ -92,8 +92,22 @@ def main(
 
 @app.command()
 def ask(
-    video: Video,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
+    video: Annotated[
+        str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads, or a folder of files.")
+    ],
+    question: Annotated[
+        str | None,
+        typer.Argument(metavar="QUESTION", help="What you want to know; without one it is a conversation."),
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help='File of questions, one a line, or of JSON objects, {"question": "..."}.')
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Table for the answers, .jsonl or .parquet. What it has already is not asked again."
+        ),
+    ] = None,
     model: Model = str(BUNDLED_CHECKPOINT),
     prune_ratio: PruneRatio = None,
     max_vision_tokens: MaxVisionTokens = None,
@@ -112,38 +126,78 @@ def ask(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer and nothing else.")] = False,
 ) -> None:
     """
-    Answer a question about a video.
+    Answer questions about a video, or about each video of a folder.
 
     Prints the answer and one line of figures: frames, vision tokens before and after pruning, seconds.
 
         stts-molmo ask clip.mp4 "Which way does the ball move?" --model my/checkpoint --prune-ratio 0.3
+
+    Without a question it takes one a line, each understood with those before it:
+
+        stts-molmo ask clip.mp4 --model my/checkpoint
+
+    Of many videos it makes a table, which it takes up again where it was ended:
+
+        stts-molmo ask clips "Which way does the ball move?" -o answers.parquet --model my/checkpoint
     """
     with readable_errors():
+        check_roads(video, question, questions, output, as_json)
         with libraries():
-            from .answer import answer_question
+            from transformers import TextStreamer
+
+            from .answer import WatchedVideo, ask_about
             from .checkpoint import Checkpoint
-        result = answer_question(
-            Checkpoint(model, device, dtype),
-            video,
-            question,
-            prune_ratio=prune_ratio,
-            max_vision_tokens=max_vision_tokens,
-            method=method,
-            num_frames=num_frames,
-            test_time_scaling=test_time_scaling,
-            max_new_tokens=max_new_tokens,
-            allow_untrained=allow_untrained,
-        )
-    if model == str(BUNDLED_CHECKPOINT):
-        typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
-        return
-    typer.echo(result.answer)
-    typer.echo(result.figures())
+            from .conversation import Conversation, typed_questions
+            from .corpus import answer_corpus, find_videos, read_questions
+
+        known = read_questions(questions) if questions else [question] if question is not None else []
+        for asked in known:
+            ask_about(asked)
+        options = {
+            "prune_ratio": prune_ratio,
+            "max_vision_tokens": max_vision_tokens,
+            "method": method,
+            "num_frames": num_frames,
+            "test_time_scaling": test_time_scaling,
+            "allow_untrained": allow_untrained,
+        }
+        checkpoint = Checkpoint(model, device, dtype)
+        if model == str(BUNDLED_CHECKPOINT):
+            typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
+        if output:
+            videos = find_videos(Path(video)) if Path(video).is_dir() else {video: video}
+            rows = answer_corpus(checkpoint, videos, known, output, max_new_tokens=max_new_tokens, **options)
+            num_failed = sum(row["error"] is not None for row in rows)
+            typer.echo(f"Wrote {output}: {len(rows) - num_failed} answers, and {num_failed} errors in their place.")
+            return
+        watched = WatchedVideo(checkpoint, video, **options)
+        streams = not known and not as_json
+        streamer = TextStreamer(checkpoint.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        answer = watched.answer if known else Conversation(watched).ask
+        for number, asked in enumerate(known or typed_questions()):
+            result = answer(asked, max_new_tokens=max_new_tokens, streamer=streamer if streams else None)
+            if as_json:
+                named = {"question": asked} if question is None else {}
+                typer.echo(json.dumps(named | dataclasses.asdict(result), ensure_ascii=False))
+            elif not streams:
+                typer.echo(f"> {asked}\n{result.answer}" if question is None else result.answer)
+            if number == 0 and not as_json:
+                typer.echo(result.figures(), err=question is None)
+
+
+def check_roads(video: str, question: str | None, questions: Path | None, output: Path | None, as_json: bool) -> None:
+    """Raise a `ValueError` where what was passed to `ask` does not go together."""
+    if question is not None and questions is not None:
+        raise ValueError(f"QUESTION {question!r} and --questions {questions} exclude each other; pass one of them.")
+    if Path(video).is_dir() and output is None:
+        raise ValueError(f"{video} is a folder; name a table for the answers, as -o answers.jsonl.")
+    if output is not None and question is None and questions is None:
+        raise ValueError(f"--output {output} takes questions that are known before; pass QUESTION or --questions.")
+    if output is not None and as_json:
+        raise ValueError(f"--json prints answers and --output {output} does not; pass one of them.")
 
 
 @app.command()

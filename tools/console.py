@@ -1,11 +1,11 @@
 """What a person at a terminal sees while the command line works."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 stderr = Console(stderr=True)
 
@@ -20,11 +20,28 @@ def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 @contextmanager
 def spinner(description: str) -> Iterator[None]:
-    """Show on stderr what is going on."""
+    """Show on stderr what is going on, unless a bar does."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    is_hidden = not stderr.is_terminal or bool(BARS)
+    with Progress(*columns, console=stderr, transient=True, disable=is_hidden) as progress:
         progress.add_task(description)
         yield
+
+
+BARS: list[Progress] = []  # a terminal has room for one thing that moves
+
+
+@contextmanager
+def progress_bar(description: str, total: int, left: int) -> Iterator[Callable[[], None]]:
+    """Show on stderr how many of `total` are done, `left` of them not yet; gives what is called after each."""
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task(description, total=total, completed=total - left)
+        BARS.append(progress)
+        try:
+            yield lambda: progress.advance(task)
+        finally:
+            BARS.remove(progress)
 
 
 @contextmanager

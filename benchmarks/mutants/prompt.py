@@ -3,6 +3,7 @@
 from .mutation import (
     BY_HAND,
     CONVERSION,
+    FILES,
     GENERATE,
     GENERATION,
     MODEL,
@@ -12,7 +13,6 @@ from .mutation import (
     PROMPT,
     TRAINER,
     TRAINING,
-    VISUALIZATION,
     Mutation,
 )
 
@@ -270,7 +270,7 @@ OF_PROMPT_AND_TRAINING = [
     ),
     Mutation(
         "a picture's scratch folder on another file system",
-        VISUALIZATION,
+        FILES,
         'tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")',
         "tempfile.TemporaryDirectory()",
         "tests/test_visualization.py -k beside_its_place",
