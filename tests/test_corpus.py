@@ -203,7 +203,7 @@ def test_what_does_not_go_together(folder, tmp_path):
     (tmp_path / "broken.parquet").write_text("{")
     question = QUESTIONS[0]
     wrong = {
-        "is a folder; name a table": [folder, question],
+        "is a directory; name a table": [folder, question],
         "takes questions that are known": [folder, "-o", tmp_path / "a.jsonl"],
         "exclude each other": [CLIP, question, "--questions", tmp_path / "q.txt"],
         "--json prints": [folder, question, "--json", "-o", tmp_path / "a.jsonl"],

@@ -165,15 +165,15 @@ def ask(
             "allow_untrained": allow_untrained,
         }
         checkpoint = Checkpoint(model, device, dtype)
-        if model == str(BUNDLED_CHECKPOINT):
-            typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
         if output:
             videos = find_videos(Path(video)) if Path(video).is_dir() else {video: video}
             rows = answer_corpus(checkpoint, videos, known, output, max_new_tokens=max_new_tokens, **options)
+            warn_of_toy(model)
             num_failed = sum(row["error"] is not None for row in rows)
             typer.echo(f"Wrote {output}: {len(rows) - num_failed} answers, and {num_failed} errors in their place.")
             return
         watched = WatchedVideo(checkpoint, video, **options)
+        warn_of_toy(model)
         streams = not known and not as_json
         streamer = TextStreamer(checkpoint.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         answer = watched.answer if known else Conversation(watched).ask
@@ -188,12 +188,17 @@ def ask(
                 typer.echo(result.figures(), err=question is None)
 
 
+def warn_of_toy(model: str) -> None:
+    if model == str(BUNDLED_CHECKPOINT):
+        typer.echo("The bundled toy model knows only its rendered clips; pass --model for real video.", err=True)
+
+
 def check_roads(video: str, question: str | None, questions: Path | None, output: Path | None, as_json: bool) -> None:
     """Raise a `ValueError` where what was passed to `ask` does not go together."""
     if question is not None and questions is not None:
         raise ValueError(f"QUESTION {question!r} and --questions {questions} exclude each other; pass one of them.")
     if Path(video).is_dir() and output is None:
-        raise ValueError(f"{video} is a folder; name a table for the answers, as -o answers.jsonl.")
+        raise ValueError(f"{video} is a directory; name a table for the answers, as -o answers.jsonl.")
     if output is not None and question is None and questions is None:
         raise ValueError(f"--output {output} takes questions that are known before; pass QUESTION or --questions.")
     if output is not None and as_json:
