@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -124,3 +127,13 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
             )
         tensors |= {name: StoredTensor(file, size) for name, size in sizes.items()}
     return tensors
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Gives a path to write to, which becomes `path` at the end; if writing fails, `path` is as it was."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        draft = Path(scratch) / path.name
+        yield draft
+        os.replace(draft, path)
