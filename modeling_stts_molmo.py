@@ -324,11 +324,7 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
         """
         if layout is None:
             return super().forward(pixel_values, **kwargs)
-        hidden_states = self.patch_embedding(pixel_values.to(dtype=self.dtype))
-        hidden_states = hidden_states + self.positional_embedding[None].to(hidden_states)
-        for layer in self.layers[: self.stts_config.prune_layer + 1]:
-            hidden_states = layer(hidden_states, None)
-
+        hidden_states = self.run_early_layers(pixel_values)
         refill = self.stts_config.refill_lone_frames
         if method == "tome":
             hidden_states, key_bias, keep_mask = merge_tokens(hidden_states, layout, num_kept)
@@ -346,6 +342,14 @@ class STTSMolmoVisionModel(Molmo2VisionModel):
             keep_mask=keep_mask,
             aux_loss=aux_loss,
         )
+
+    def run_early_layers(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Layers `0..l` on whole frames; features `(frames, N, D)`, which is what tokens are scored by."""
+        hidden_states = self.patch_embedding(pixel_values.to(dtype=self.dtype))
+        hidden_states = hidden_states + self.positional_embedding[None].to(hidden_states)
+        for layer in self.layers[: self.stts_config.prune_layer + 1]:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states
 
     def score(
         self, hidden_states: torch.Tensor, layout: VideoLayout, num_kept: Sequence[int], method: str
@@ -474,7 +478,7 @@ class STTSMolmoModel(OwnCodeMixin, Molmo2Model):
         """
         validate_layers(self.config)  # a loaded model's config may have been changed
         pruning = self.config.stts_config.pruning(prune_ratio, method, max_vision_tokens)
-        layout = self._video_layout(pixel_values_videos, video_token_pooling, video_grids)
+        layout = self.video_layout(pixel_values_videos, video_token_pooling, video_grids)
         num_kept = layout.num_kept(pruning.prune_ratio, pruning.max_vision_tokens)
         num_tokens = sum(layout.num_frames) * layout.tokens_per_frame
         # In training a scorer learns from videos that lose nothing, too.
@@ -494,9 +498,15 @@ class STTSMolmoModel(OwnCodeMixin, Molmo2Model):
             aux_loss=vision.aux_loss,
         )
 
-    def _video_layout(
+    def video_layout(
         self, pixel_values_videos: torch.Tensor, video_token_pooling: torch.Tensor, video_grids: torch.Tensor
     ) -> VideoLayout:
+        """
+        How the frames of a batch belong together, from what the processor returned.
+
+        Raises:
+            ValueError: the inputs' shapes do not belong together, or not to the model.
+        """
         grids = video_grids.tolist()
         num_frames = [grid[0] for grid in grids]
         if len({tuple(grid[1:]) for grid in grids}) != 1:

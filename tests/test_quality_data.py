@@ -15,7 +15,7 @@ from stts_molmo.processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoP
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common import ROOT, TINY
-from benchmarks.quality import scenes
+from benchmarks.quality import scenes, worlds
 from benchmarks.quality.batches import sample_batch
 from benchmarks.quality.kept import blocks_shown
 from benchmarks.quality.render_clips import CLIPS, question_rows
@@ -129,8 +129,9 @@ def test_captions_tell_what_a_frame_shows():
 
 def test_blocks_are_named_for_what_they_show():
     for seed in range(20):
-        scene = scenes.make_scene(seed, beats=8)
-        frames = blocks_shown(scene, beat_times(scene))
+        film = worlds.make_film(seed, "still", beats=8)
+        scene = film.scene
+        frames = blocks_shown(film, beat_times(scene))
         names = Counter(name for shown in frames for name in shown)
         assert names["ball, new"] == 3 and names["star, new"] == len(scene.stars)
         assert names["sign, new"] == 1 and frames[0].count("still shape, new") == 1

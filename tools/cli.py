@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import DownloadColumn, Progress
+from rich.progress import DownloadColumn, Progress, TextColumn
 
 from .console import hide_progress_off_terminal, spinner, stderr
 
@@ -315,6 +315,53 @@ def convert(
     if is_untrained:
         typer.echo(f"Its token scorer is new and not trained. {TRAIN_OR_COSINE}")
     typer.echo(f"Wrote {destination}. Next: stts-molmo inspect {shlex.quote(str(destination))}")
+
+
+@app.command("warm-up")
+def warm_up(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Directory or Hub id of an STTS checkpoint, as of `convert`."),
+    ],
+    clips: Annotated[Path, typer.Argument(metavar="CLIPS", help="A video, or a folder with videos; no labels needed.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="New directory.", show_default="CHECKPOINT's name with -warm")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Each on --clips-a-step clips.")] = 200,
+    clips_a_step: Annotated[int, typer.Option(min=1)] = 4,
+    num_frames: NumFrames = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the scorer, the only part that learns.")] = 1e-3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """
+    Teach a new scorer what similarity knows, on clips without labels; nothing else of the checkpoint changes.
+
+    Only the ViT's first layers run. It is a start for fine-tuning: what matters in a video, the scorer learns there.
+
+        stts-molmo warm-up molmo2-4b-stts my/clips --output molmo2-4b-stts-warm
+    """
+    output = output or Path(Path(checkpoint).name + "-warm")
+    with readable_errors():
+        with libraries():
+            from .warm_up import warm_up_checkpoint
+        columns = *Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4f}")
+        with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as bar:
+            task = bar.add_task("warming up", total=steps, loss=float("nan"))
+            losses: list[float] = []
+
+            def show(done: int, loss: float) -> None:
+                losses.append(loss)
+                bar.update(task, completed=done, loss=loss)
+
+            options = {"num_frames": num_frames, "learning_rate": learning_rate, "device": device, "dtype": dtype}
+            warm_up_checkpoint(
+                checkpoint, clips, output, steps=steps, clips_a_step=clips_a_step, progress=show, **options
+            )
+    tenth = max(1, steps // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    typer.echo(f"Auxiliary loss {first:.4f} -> {last:.4f}.")
+    typer.echo(f"Wrote {output}. Next: stts-molmo visualize VIDEO -o kept.png --model {shlex.quote(str(output))}")
 
 
 @app.command()

@@ -1,14 +1,16 @@
 """Scenes to model inputs with labels, and model outputs to answers that are right or wrong."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from stts_molmo.tools.video import Clip, read_clip
 from transformers.video_utils import VideoMetadata
 
 from ..common import split_video
-from .scenes import FIRST_SEED, MIN_BEATS, Question, captions, make_scene, questions, render
+from .scenes import FIRST_SEED, MIN_BEATS, Question, captions
+from .worlds import film_questions, make_film, shoot
 
 IGNORE = -100
 BEATS = (0.5, 0.6, 0.8, 1.0)  # seconds
@@ -47,10 +49,22 @@ def make_batch(processor, clips: list[np.ndarray], chats: list[list[Question]], 
         return tokenize(processor, chats, "")
     ticks = np.round(times * TICKS_PER_SECOND).astype(int).tolist()
     metadata = VideoMetadata(total_num_frames=ticks[-1] + 1, fps=TICKS_PER_SECOND, frames_indices=ticks)
+    return _video_batch(processor, [Clip(frames, metadata) for frames in clips], chats)
+
+
+def make_file_batch(processor, path: str, chats: list[list[Question]], num_frames: int) -> dict:
+    """As `make_batch`, about a video file of which the processor samples at most `num_frames` frames."""
+    return _video_batch(processor, [read_clip(processor, path, num_frames=num_frames)], chats)
+
+
+def _video_batch(processor, clips: list[Clip], chats: list[list[Question]]) -> dict:
     video_inputs = processor.video_processor(
-        list(clips), video_metadata=[metadata] * len(clips), do_sample_frames=False, return_tensors="pt"
+        [clip.frames for clip in clips],
+        video_metadata=[clip.metadata for clip in clips],
+        do_sample_frames=False,
+        return_tensors="pt",
     )
-    frames = processor.get_video_string(video_inputs["video_grids"][0], times.tolist())
+    frames = processor.get_video_string(video_inputs["video_grids"][0], clips[0].metadata.timestamps)
     return {**tokenize(processor, chats, frames), **video_inputs}
 
 
@@ -70,32 +84,36 @@ def sample_batch(
     num_frames: int,
     num_questions: int | None = None,
     num_captions: int = 0,
+    worlds: Sequence[str] = ("still",),
 ) -> tuple[dict, list[list[Question]]]:
     """
     A batch of the scenes `first_seed..`, a frame a beat, and what was asked of each in its row.
 
     Asked are `num_questions` of a scene (all when not given) and `num_captions` captions of its frames, in an order
-    drawn from the scene's seed. A scene is at least `MIN_BEATS` long; fewer frames are some of its beats.
+    drawn from the scene's seed, which also picks its world in turn. A scene is at least `MIN_BEATS` long; fewer frames
+    are some of its beats.
     """
     beat = BEATS[first_seed // size % len(BEATS)]
-    scenes = [
-        make_scene(seed, level, max(num_frames, MIN_BEATS), beat) for seed in range(first_seed, first_seed + size)
+    films = [
+        make_film(seed, worlds[seed % len(worlds)], level, max(num_frames, MIN_BEATS), beat)
+        for seed in range(first_seed, first_seed + size)
     ]
     shown = np.random.default_rng(first_seed).permutation(max(num_frames, MIN_BEATS))[:num_frames]
     times = np.sort(shown) * beat
     asked = []
-    for scene in scenes:
-        rng = np.random.default_rng(scene.seed)
-        items = [*rng.permutation(np.array(questions(scene), dtype=object))[:num_questions]]
-        described = [item for time in times for item in captions(scene, time)]
+    for film in films:
+        rng = np.random.default_rng(film.scene.seed)
+        items = [*rng.permutation(np.array(film_questions(film), dtype=object))[:num_questions]]
+        described = [item for time in times for item in captions(film.scene, time)]
         items += [*rng.permutation(np.array(described, dtype=object))[:num_captions]]
         asked.append([items[index] for index in rng.permutation(len(items))])
-    return make_batch(processor, [render(scene, times) for scene in scenes], asked, times), asked
+    return make_batch(processor, [shoot(film, times) for film in films], asked, times), asked
 
 
-def held_out_batches(processor) -> list[tuple[dict, list[list[Question]]]]:
+def held_out_batches(processor, worlds: Sequence[str] = ("still",)) -> list[tuple[dict, list[list[Question]]]]:
     """64 hard validation clips of 8 frames, every question of each."""
-    return [sample_batch(processor, FIRST_SEED["validation"] + 8 * n, 8, level=2, num_frames=8) for n in range(8)]
+    first = FIRST_SEED["validation"]
+    return [sample_batch(processor, first + 8 * n, 8, level=2, num_frames=8, worlds=worlds) for n in range(8)]
 
 
 def encode_clips(model, batch: dict, **pruning) -> dict:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from stts_molmo.tools.files import written_whole
 
 from .batches import accuracy, hits_by_kind
 
@@ -16,6 +18,16 @@ def learning_rate_scale(step: int, total: int, warmup: int) -> float:
     """Linear warm-up, then a cosine to a hundredth."""
     progress = (step - warmup) / max(1, total - warmup)
     return (step + 1) / warmup if step < warmup else 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Each gradient becomes its mean over processes, if there are several."""
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def fit(
@@ -31,7 +43,8 @@ def fit(
     eval_every: int = 250,
 ) -> float:
     """
-    Trains on `batch_at(step)`; learning rates of the optimizers are peaks. Returns the best held-out accuracy.
+    Trains on `batch_at(step)`; learning rates of the optimizers are peaks. Returns the best held-out accuracy. In
+    several processes `batch_at` gives each its part of a batch.
 
     OUTPUT/best holds the weights of that moment, OUTPUT/state.pt what a second call needs to go on.
     """
@@ -51,6 +64,7 @@ def fit(
         model.train()
         loss = model(**batch_at(step)).loss
         loss.backward()
+        average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -60,6 +74,8 @@ def fit(
         losses.append(loss.item())
 
         done = step + 1
+        if dist.is_initialized() and dist.get_rank():
+            continue  # the first process logs, evaluates and saves
         if done % log_every == 0:
             seconds = (time.monotonic() - began) / (done - start)
             print(f"step {done} loss {np.mean(losses[-log_every:]):.4f} seconds a step {seconds:.2f}", flush=True)
@@ -72,5 +88,6 @@ def fit(
                 model.save_pretrained(output / "best")
                 processor.save_pretrained(output / "best")
             saved = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save({"step": done, "best": best, "model": model.state_dict(), "optimizers": saved}, state_file)
+            with written_whole(state_file) as draft:
+                torch.save({"step": done, "best": best, "model": model.state_dict(), "optimizers": saved}, draft)
     return best

@@ -261,12 +261,17 @@ def _flicker(kind: str, times: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return (low + high + (high - low) * np.sin(phase - speed * ticks[:, None, None]))[..., None] / 2
 
 
-def render(scene: Scene, times: np.ndarray) -> np.ndarray:
-    """Draws a scene at `times` (T,) in seconds: uint8 (T, FRAME, FRAME, 3)."""
+def render(scene: Scene, times: np.ndarray, backdrops: np.ndarray | None = None) -> np.ndarray:
+    """
+    Draws a scene at `times` (T,) in seconds: uint8 (T, FRAME, FRAME, 3).
+
+    `backdrops` (T, FRAME, FRAME, 3) take the place of the scene's own background.
+    """
     rng = np.random.default_rng(scene.seed)
     tints = iter(rng.uniform(-18, 18, (16, 3)))
     times = np.asarray(times, dtype=float)
-    frames = np.repeat(_background(rng)[None], len(times), axis=0)
+    background = np.repeat(_background(rng)[None], len(times), axis=0)
+    frames = background if backdrops is None else backdrops.copy()
     for cell, kind in scene.flicker.items():
         _cell_view(frames, cell)[:] = _flicker(kind, times, rng)
     _draw(frames, scene.shape, scene.still, next(tints))
@@ -298,15 +303,15 @@ def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def write_mp4(path: str, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 (T, H, W, 3) as H.264, or MPEG-4 part 2 where libx264 is absent."""
+def write_mp4(path: str, frames: np.ndarray, fps: int, crf: int = 23, preset: str = "slow") -> None:
+    """Writes uint8 (T, H, W, 3) as H.264 of that `crf`, or MPEG-4 part 2 where libx264 is absent."""
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         if codec == "libx264":
-            stream.options = {"crf": "23", "preset": "slow"}
+            stream.options = {"crf": str(crf), "preset": preset}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

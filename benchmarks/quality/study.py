@@ -11,7 +11,7 @@ done again, so several processes can share the work, each with some of the `--ro
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from stts_molmo.configuration_stts_molmo import STTSConfig
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.conversion import convert_checkpoint
+from stts_molmo.tools.files import written_whole
 from stts_molmo.tools.training import parameter_groups
 from stts_molmo.video_stts_molmo import scaled_num_frames
 from transformers.utils.logging import disable_progress_bar
@@ -73,26 +74,47 @@ def evaluate(model, processor, clips: int, row: str, prune_ratio: float) -> dict
     return results
 
 
-def train_row(baseline: str, row: str, seed: int, args: argparse.Namespace) -> dict:
-    """Fine-tunes and evaluates one row; OUTPUT/row-seed/best holds its checkpoint."""
-    torch.manual_seed(seed)
-    output = args.runs / f"{row}-{seed}".replace(" ", "_")
-    stts_config = STTSConfig(**{"prune_layer": 1, "seed": seed, **(COMPARED | ONCE)[row]})
+def prepare(baseline: str, stts_config: STTSConfig, seed: int) -> tuple:
+    """Model and processor of a converted baseline, whose scorer is new."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = convert_checkpoint(baseline, Path(folder) / "model", stts_config, seed=seed)
-        model = STTSMolmoForConditionalGeneration.from_pretrained(checkpoint)
-        processor = STTSMolmoProcessor.from_pretrained(checkpoint)
+        return (
+            STTSMolmoForConditionalGeneration.from_pretrained(checkpoint),
+            STTSMolmoProcessor.from_pretrained(checkpoint),
+        )
+
+
+def fine_tune(
+    model,
+    processor,
+    seed: int,
+    output: Path,
+    args: argparse.Namespace,
+    worlds: Sequence[str] = ("still",),
+    before_step: Callable[[int], None] | None = None,
+) -> None:
+    """Trains on clips that belong to the seed; OUTPUT/best holds the checkpoint. `before_step` is told its number."""
     groups = parameter_groups(model)
     for group in groups:
         group["lr"] *= args.rate_scale
 
     def batch_at(step: int) -> dict:
+        if before_step is not None:
+            before_step(step)
         first_seed = FIRST_SEED["train"] * (seed + 100) + step * args.batch_size
-        return sample_batch(processor, first_seed, args.batch_size, 2, NUM_FRAMES)[0]
+        return sample_batch(processor, first_seed, args.batch_size, 2, NUM_FRAMES, worlds=worlds)[0]
 
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    fit(model, processor, [optimizer], batch_at, held_out_batches(processor), output, args.steps, eval_every=args.steps)
+    optimizer, held_out = torch.optim.AdamW(groups, betas=(0.9, 0.98)), held_out_batches(processor, worlds)
+    fit(model, processor, [optimizer], batch_at, held_out, output, args.steps, eval_every=args.steps)
     model.eval()
+
+
+def train_row(baseline: str, row: str, seed: int, args: argparse.Namespace) -> dict:
+    """Fine-tunes and evaluates one row; RUNS/row-seed/best holds its checkpoint."""
+    torch.manual_seed(seed)
+    stts_config = STTSConfig(**{"prune_layer": 1, "seed": seed, **(COMPARED | ONCE)[row]})
+    model, processor = prepare(baseline, stts_config, seed)
+    fine_tune(model, processor, seed, args.runs / f"{row}-{seed}".replace(" ", "_"), args)
     return {
         "row": row,
         "seed": seed,
@@ -120,7 +142,9 @@ def main(arguments: Sequence[str] | None = None):
     for row, seed in jobs:
         result = args.runs / f"{row}-{seed}.json".replace(" ", "_")
         if not result.exists() and (args.rows is None or row in args.rows):
-            result.write_text(json.dumps(train_row(args.baseline, row, seed, args)))
+            done = json.dumps(train_row(args.baseline, row, seed, args))
+            with written_whole(result) as draft:
+                draft.write_text(done)
     done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale", "clips")}
     args.output.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")

@@ -1,0 +1,181 @@
+"""The study in which the frame before is no longer nearly the answer: rows trained and asked in every world.
+
+    python -m benchmarks.quality.worlds_study runs/mixture/best --runs runs/worlds \\
+        --output benchmarks/results/quality_worlds.json
+
+As in `study.py`, a row is the baseline, converted and fine-tuned, here on the mixture of worlds, and rows that are done
+are not done again. Test clips are mp4 files, read by the processor. A row is asked
+
+- as it was trained, about 8 beats and about 16, of which it sees 8 frames; with half of the tokens pruned also all 16,
+  as many tokens as 8 whole frames have;
+- with 25, 50 and 75 % pruned, and where it prunes nothing with 6, 4 and 2 whole frames, which are as many tokens;
+- and which blocks it keeps.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from stts_molmo.configuration_stts_molmo import STTSConfig
+from stts_molmo.tools.files import written_whole
+from stts_molmo.tools.warm_up import warm_up
+from transformers.utils.logging import disable_progress_bar
+
+from ..common import provenance, torch_threads
+from .batches import hits_by_kind, make_file_batch, sample_batch
+from .kept import kept_shares
+from .scenes import FIRST_SEED, Question
+from .study import LONG_BEATS, NUM_FRAMES, fine_tune, prepare
+from .worlds import MIXTURE, WORLDS, film_file, film_questions, make_film
+
+RATIOS = (0.25, 0.5, 0.75)
+
+
+class Row(NamedTuple):
+    """Knobs of a row; for how many steps its scorer is warmed up; whether anything is fine-tuned after that."""
+
+    knobs: dict
+    warm_up: int = 0
+    is_trained: bool = True
+    aux_loss_falls: bool = False
+
+
+ROWS = {
+    "unpruned": Row({"method": "none", "prune_ratio": 0.0}),
+    "stts 50": Row({"prune_ratio": 0.5}),
+    "cosine 50": Row({"method": "cosine", "prune_ratio": 0.5}),
+    "random 50": Row({"method": "random", "prune_ratio": 0.5}),
+    "stts 50 warm": Row({"prune_ratio": 0.5}, warm_up=200),
+    "warm-up alone": Row({"prune_ratio": 0.5}, warm_up=200, is_trained=False),
+    "cosine, no training": Row({"method": "cosine", "prune_ratio": 0.5}, is_trained=False),
+    "stts 50 falling aux": Row({"prune_ratio": 0.5}, aux_loss_falls=True),
+    "stts 50 without aux": Row({"prune_ratio": 0.5, "aux_loss_weight": 0.0}),
+    "tome 50": Row({"method": "tome", "prune_ratio": 0.5}),
+    **{f"stts {k}": Row({"prune_ratio": k / 100}) for k in (30, 40, 60, 70, 80)},
+    "stts 50 log patches": Row({"prune_ratio": 0.5, "aux_target": "patches"}),
+    "stts 50 rescaled pooled": Row({"prune_ratio": 0.5, "score_bias": "rescaled_log"}),
+    "stts 50 rescaled patches": Row({"prune_ratio": 0.5, "score_bias": "rescaled_log", "aux_target": "patches"}),
+}
+
+
+class Asked(NamedTuple):
+    """An evaluation: clips of how many beats in a world, shown as at most so many frames, and how they are pruned."""
+
+    world: str
+    beats: int = NUM_FRAMES
+    num_frames: int = NUM_FRAMES
+    clips: int = 64
+    pruning: dict = {}
+
+
+def evaluations(row: str) -> dict[str, Asked]:
+    """What a row is asked, by name."""
+    row = ROWS[row]
+    asked = {f"{world}, short": Asked(world) for world in WORLDS}
+    asked |= {f"{world}, long": Asked(world, LONG_BEATS) for world in ("still", "handheld")}
+    if not row.is_trained:
+        return asked
+    if row.knobs["prune_ratio"] in (0.0, 0.5):
+        asked["handheld, long, 16 frames"] = Asked("handheld", LONG_BEATS, LONG_BEATS)
+    if row.knobs["prune_ratio"] == 0.0:
+        for world in ("still", "handheld"):
+            for ratio in RATIOS:
+                frames = round((1 - ratio) * NUM_FRAMES)
+                asked[f"{world}, short, {frames} frames"] = Asked(world, num_frames=frames)
+    elif row.knobs["prune_ratio"] == 0.5:
+        for ratio in (0.25, 0.75):
+            asked[f"handheld, short, {ratio:.0%} pruned"] = Asked("handheld", pruning={"prune_ratio": ratio})
+    return asked
+
+
+def file_batches(processor, asked: Asked, folder: Path) -> Iterator[tuple[dict, list[list[Question]]]]:
+    """One batch a film: each of its questions, about the mp4 file."""
+    for seed in range(FIRST_SEED["test"], FIRST_SEED["test"] + asked.clips):
+        file = film_file(folder, seed, asked.world, asked.beats)
+        chats = [[item] for item in film_questions(make_film(seed, asked.world, beats=asked.beats))]
+        yield make_file_batch(processor, str(file), chats, asked.num_frames), chats
+
+
+def mixed_videos(processor, seed: int, steps: int, size: int) -> Iterator[dict]:
+    """Batches for the warm-up: of clips that belong to the seed, and that nothing else is trained on."""
+    for step in range(steps):
+        first_seed = FIRST_SEED["train"] * (seed + 200) + step * size
+        yield sample_batch(processor, first_seed, size, 2, NUM_FRAMES, num_questions=1, worlds=MIXTURE)[0]
+
+
+def train_row(baseline: str, name: str, seed: int, args: argparse.Namespace) -> dict:
+    """Warms up, fine-tunes and evaluates one row; RUNS/row-seed/best holds its checkpoint."""
+    torch.manual_seed(seed)
+    row = ROWS[name]
+    model, processor = prepare(baseline, STTSConfig(**{"prune_layer": 1, "seed": seed, **row.knobs}), seed)
+    began, losses = time.process_time(), []
+    if row.warm_up:
+        losses = list(warm_up(model, mixed_videos(processor, seed, row.warm_up, args.batch_size)))
+    seconds = {"warm-up": time.process_time() - began}
+    if row.is_trained:
+        before_step = None
+        if row.aux_loss_falls:
+
+            def before_step(step: int) -> None:
+                model.config.stts_config.aux_loss_weight = 1 - step / args.steps
+
+        output = args.runs / f"{name}-{seed}".replace(" ", "_")
+        fine_tune(model, processor, seed, output, args, MIXTURE, before_step)
+    seconds["training"] = time.process_time() - began - seconds["warm-up"]
+    model.eval()
+    hits = {}
+    for evaluation, asked in evaluations(name).items():
+        batches = file_batches(processor, asked, args.runs / "clips")
+        right = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **asked.pruning)
+        hits[evaluation] = {kind: "".join(str(int(hit)) for hit in flags) for kind, flags in right.items()}
+    kept = {}
+    if row.knobs.get("method") not in ("none", "tome"):
+        kept = {
+            world: kept_shares(model, processor, 64, NUM_FRAMES, model.config.stts_config.method, world)
+            for world in WORLDS
+        }
+    return {
+        "row": name,
+        "seed": seed,
+        "knobs": row.knobs,
+        "hits": hits,
+        "kept": kept,
+        "cpu_seconds": {part: round(value, 1) for part, value in seconds.items()},
+        "warm_up_loss": [round(loss, 5) for loss in losses[:: max(1, len(losses) // 10)]],
+    }
+
+
+@torch_threads(1)
+def main(arguments: Sequence[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("baseline")
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="all when not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8, help="clips a step")
+    parser.add_argument("--rate-scale", type=float, default=30)
+    args = parser.parse_args(arguments)
+    disable_progress_bar()
+    (args.runs / "clips").mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for row in args.rows or ROWS:
+            result = args.runs / f"{row}-{seed}.json".replace(" ", "_")
+            if not result.exists():
+                print(f"{row}, seed {seed}", flush=True)
+                done = train_row(args.baseline, row, seed, args)
+                with written_whole(result) as draft:
+                    draft.write_text(json.dumps(done))
+    done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale")}
+    with written_whole(args.output) as draft:
+        draft.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
