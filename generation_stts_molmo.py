@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig
@@ -39,6 +39,23 @@ def check_option_names(kwargs: dict) -> None:
     for name in kwargs:
         for option in difflib.get_close_matches(name, PRUNING_OPTIONS, n=1, cutoff=0.75):
             raise TypeError(f"There is no argument {name!r}; did you mean {option!r}?")
+
+
+def first_pruning(sources: Iterable[Sequence]) -> dict:
+    """
+    The pruning options of the first that has any. A method goes with any ratio or budget, which exclude each other.
+
+    Args:
+        sources: values of `PRUNING_OPTIONS`, the most particular first; `None` where one is not given.
+
+    >>> first_pruning([(None, "cosine", None), (None, None, 100), (0.5, "scorer", None)])
+    {'prune_ratio': None, 'method': 'cosine', 'max_vision_tokens': 100}
+    """
+    sources = list(sources)
+    method = next((method for _, method, _ in sources if method is not None), None)
+    limits = ((ratio, budget) for ratio, _, budget in sources if (ratio, budget) != (None, None))
+    prune_ratio, max_vision_tokens = next(limits, (None, None))
+    return {"prune_ratio": prune_ratio, "method": method, "max_vision_tokens": max_vision_tokens}
 
 
 class PrunedGenerationMixin:
@@ -129,16 +146,11 @@ class PrunedGenerationMixin:
             )
 
     def _find_pruning(self, generation_config: GenerationConfig | None, *given) -> dict:
-        """
-        The pruning options of the first that has any: the arguments, the config passed, the model's own. A method goes
-        with any ratio or budget, which exclude each other.
-        """
+        """The pruning options: the arguments, else those of the config passed, else the model's own."""
         configs = (generation_config, self.generation_config)
-        sources = [given, *([getattr(config, name, None) for name in PRUNING_OPTIONS] for config in configs)]
-        method = next((method for _, method, _ in sources if method is not None), None)
-        limits = ((ratio, budget) for ratio, _, budget in sources if (ratio, budget) != (None, None))
-        prune_ratio, max_vision_tokens = next(limits, (None, None))
-        return {"prune_ratio": prune_ratio, "method": method, "max_vision_tokens": max_vision_tokens}
+        return first_pruning(
+            [given, *([getattr(config, name, None) for name in PRUNING_OPTIONS] for config in configs)]
+        )
 
     def _encode_and_compact(
         self,

@@ -4,6 +4,7 @@ import ast
 import runpy
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -46,7 +47,9 @@ def python_files(*folders: str) -> list[Path]:
 
 
 PACKAGE_FILES = [ROOT / "__init__.py", *CODE_FILES, *python_files("tools", "stts_kernels")]
-ALL_FILES = [ROOT / "setup.py", *PACKAGE_FILES, *python_files(*EXTRAS)]
+OUR_FILES = [ROOT / "setup.py", *PACKAGE_FILES, *python_files(*EXTRAS)]
+ENGINES = sorted((ROOT / "engines").iterdir())  # packages of their own, in environments of their own
+ALL_FILES = [*OUR_FILES, *python_files("engines")]
 
 
 def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
@@ -105,9 +108,19 @@ def test_nobody_looks_into_the_workshop():
         assert not [module for _, module in imported_modules(path) if "stts_molmo" in module], path
 
 
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda folder: folder.name)
+def test_an_engine_looks_into_the_package_and_nobody_into_an_engine(engine):
+    for path in OUR_FILES:
+        for _, module in imported_modules(path):
+            assert module.partition(".")[0] not in (engine.name, f"{engine.name}_stts_molmo"), (path, module)
+    for path in python_files(f"engines/{engine.name}/{engine.name}_stts_molmo"):
+        for _, module in imported_modules(path):
+            assert module.partition(".")[0] not in ("stts_kernels", "tools", *EXTRAS), (path, module)
+
+
 def test_test_files_stand_alone():
     """They share helpers.py; none imports from another or changes where modules are found."""
-    for path in python_files("tests"):
+    for path in python_files("tests", "engines"):
         modules = {module for _, module in imported_modules(path)}
         assert not [module for module in modules if module.startswith(("test_", "conftest"))], path
         attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
@@ -162,6 +175,19 @@ def test_what_is_imported_is_declared(declared):
         assert third_party_packages([ROOT / "tools" / file]) <= names(declared["install"] + declared[extra]), file
     for folder, extra in EXTRAS.items():
         assert third_party_packages(python_files(folder)) <= names(declared["install"] + declared[extra]), folder
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda folder: folder.name)
+def test_what_an_engine_imports_is_declared(engine):
+    """But for the engine itself, which comes under several names."""
+    package = f"{engine.name}_stts_molmo"
+    project = tomllib.loads((engine / "pyproject.toml").read_text())["project"]
+    requirements = list(map(Requirement, project["dependencies"]))
+    imported = {
+        module.partition(".")[0] for path in (engine / package).glob("*.py") for _, module in imported_modules(path)
+    }
+    third_party = imported - {"", engine.name} - set(sys.stdlib_module_names)
+    assert {module.replace("_", "-") for module in third_party} == names(requirements)
 
 
 def test_each_requirement_has_the_lower_bound_that_test_oldest_runs(declared):
