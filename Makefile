@@ -1,7 +1,7 @@
 .PHONY: demo test test-extras test-oldest test-vllm lint mutants lock audit
 
 CLIP ?= examples/clips/quiet.mp4
-EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py
+EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py tests/test_serving.py
 QUESTION ?= What color is the still shape?
 
 demo: .venv/.core
@@ -63,7 +63,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # In an environment of its own: extras may want other versions than the rest.
 .venv-extras/.test: setup.py pyproject.toml
 	python3 -m venv .venv-extras
-	.venv-extras/bin/$(INSTALL) ".[test,lora,quantize,trl]"
+	.venv-extras/bin/$(INSTALL) ".[test,lora,quantize,trl,serve]"
 	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.

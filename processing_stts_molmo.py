@@ -58,7 +58,14 @@ TELL_THE_MODEL = (
     '{"prune_ratio": ..., "method": ...}, or for every call model.generation_config.prune_ratio = ...'
 )
 # What a processor may read and take. Whoever runs it decides, no checkpoint does, and no argument of a call.
-LIMITS = ("allow_local_files", "allow_private_hosts", "max_download_bytes", "download_seconds", "max_frame_size")
+LIMITS = (
+    "allow_local_files",
+    "allow_private_hosts",
+    "max_download_bytes",
+    "download_seconds",
+    "max_frame_size",
+    "max_video_seconds",
+)
 
 # Put into special tokens that a user typed. Unicode sets it aside for programs, so it is in no text; the tokenizer
 # drops it after it looked for special tokens, and tokenizes what is around it as if it had never been there.
@@ -175,6 +182,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
       does not reach, such as this one or a cloud's metadata service.
     - `max_download_bytes` (`int`, defaults to 2 GiB) and `download_seconds` (`float`, defaults to 600) for each link.
     - `max_frame_size` (`int`, defaults to 16384): most pixels that a file's frames may be wide or high.
+    - `max_video_seconds` (`float`, defaults to infinity): when the last frame of a video may be shown.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -197,6 +205,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
     max_download_bytes = MAX_DOWNLOAD_BYTES
     download_seconds = DOWNLOAD_SECONDS
     max_frame_size = MAX_FRAME_SIZE
+    max_video_seconds = math.inf
     valid_kwargs = STTSMolmoVideoProcessorKwargs
 
     def __init__(self, **kwargs: Unpack[STTSMolmoVideoProcessorKwargs]):
@@ -324,6 +333,11 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
             frame_times = np.arange(metadata.total_num_frames) / metadata.fps
         if len(frame_times) == 0:
             raise ValueError("The video has no frames; pass at least one.")
+        if frame_times[-1] > self.max_video_seconds:
+            raise ValueError(
+                f"The video is {frame_times[-1]:.1f} seconds long; at most {self.max_video_seconds:g} are taken "
+                "(`max_video_seconds` of the video processor)."
+            )
         tolerance = getattr(metadata, "tolerance", TIME_TOLERANCE)
         sample_times = sample_frame_times(frame_times[-1], num_frames, fps, tolerance)
         return sample_frame_indices(frame_times, sample_times, tolerance)

@@ -15,6 +15,11 @@ LORA = [
 QUANTIZE = ["torchao>=0.15,<1"]
 PARQUET = ["pyarrow>=21,<27"]
 TRL = ["trl>=1.5,<2"]
+SERVE = [
+    "openai>=2,<4",  # the client, with which docs/serving.md asks
+    "starlette>=0.46,<2",
+    "uvicorn>=0.34,<1",
+]
 TEST = [
     *TRAIN,
     "hypothesis>=6.100,<7",
@@ -63,6 +68,7 @@ setup(
         "quantize": QUANTIZE,
         "trl": TRL,
         "parquet": PARQUET,
+        "serve": SERVE,
         "test": TEST,
     },
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},

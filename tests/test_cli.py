@@ -509,3 +509,9 @@ def test_truncated_video_is_answered_with_a_warning(tmp_path, caplog):
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
     assert 1 < ask_json(tmp_path / "cut.mkv", QUESTION)["frames"] < NUM_SAMPLES
     assert "truncated" in caplog.text
+
+
+def test_what_an_extra_installs_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "stts_molmo.tools.serving", raising=False)
+    assert_readable_error(run("serve", BUNDLED_CHECKPOINT), "uvicorn is not installed; pip install 'stts-molmo[serve]'")

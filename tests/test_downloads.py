@@ -325,3 +325,13 @@ def test_limits_are_those_of_whoever_runs_it(tmp_path):
     processor = STTSMolmoProcessor.from_pretrained(tmp_path / "checkpoint")
     assert not processor.video_processor.allow_private_hosts
     assert processor.video_processor.max_download_bytes == 2**31
+
+
+def test_a_video_may_be_so_long(tmp_path, monkeypatch):
+    processor = STTSMolmoVideoProcessor.from_pretrained(TINY)
+    clip = write_video(tmp_path / "clip.mp4", num_frames=5, fps=1)
+    monkeypatch.setattr(processor, "max_video_seconds", 4)
+    assert len(processor.sample_videos(clip)[0][0]) == 5
+    monkeypatch.setattr(processor, "max_video_seconds", 3.9)
+    with pytest.raises(ValueError, match=r"The video is 4.0 seconds long; at most 3.9 are taken"):
+        processor.sample_videos(clip)

@@ -38,7 +38,7 @@ DOORS = {
 # What is imported where it is there, and done without where it is not.
 OPTIONAL = {"torchao", "torchcodec", "triton"}
 # What an extra's own file in tools/ imports.
-IN_EXTRAS = {"adapters.py": "lora", "tables.py": "parquet", "trl.py": "trl"}
+IN_EXTRAS = {"adapters.py": "lora", "serving.py": "serve", "tables.py": "parquet", "trl.py": "trl"}
 EXTRAS = {"benchmarks": "test", "examples": "train", "tests": "test"}
 
 

@@ -16,7 +16,7 @@ from ..pruning_stts_molmo import num_kept_tokens
 from .checkpoint import TRAIN_OR_COSINE, Checkpoint
 from .console import stage, timed
 from .finite import RequireFinite, explained_not_finite
-from .video import encode_video, explained_out_of_memory, make_prompt, make_video_inputs, read_clip
+from .video import Clip, encode_video, explained_out_of_memory, make_prompt, make_video_inputs, read_clip
 
 MAX_NEW_TOKENS = 128
 
@@ -55,7 +55,7 @@ class WatchedVideo:
 
     Args:
         checkpoint: loaded when it is first used.
-        video: anything that the processor takes: a path, a URL, bytes, an array.
+        video: anything that the processor takes: a path, a URL, bytes, an array; or a clip that was read before.
         prune_ratio, method, max_vision_tokens, num_frames: the checkpoint's own when not given.
         test_time_scaling: spend what pruning saves on more frames (section 5.3).
         allow_untrained: let a scorer choose that was never trained.
@@ -86,10 +86,13 @@ class WatchedVideo:
         self._seconds: dict[str, float] = {}  # which the next answer counts
         with timed("load", self._seconds):
             processor = checkpoint.processor
-        with stage("decode", self._seconds):
-            self.clip = read_clip(
-                processor, video, num_frames=num_frames, test_time_scaling=test_time_scaling, **saving
-            )
+        if isinstance(video, Clip):
+            self.clip = video
+        else:
+            with stage("decode", self._seconds):
+                self.clip = read_clip(
+                    processor, video, num_frames=num_frames, test_time_scaling=test_time_scaling, **saving
+                )
         with stage("preprocess", self._seconds):
             inputs = make_video_inputs(processor, self.clip, checkpoint.device)
         with timed("load", self._seconds):
@@ -109,6 +112,7 @@ class WatchedVideo:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         streamer: BaseStreamer | None = None,
+        **generation,
     ) -> Answer:
         """
         Answer a question, or the last one of a chat.
@@ -117,6 +121,7 @@ class WatchedVideo:
             chat: a question, or messages of which one has the part `{"type": "video"}`, as [`ask_about`] makes one.
             max_new_tokens: longest answer, in tokens.
             streamer: is given the prompt's tokens and then each of the answer's.
+            generation: other arguments of `generate`.
 
         Raises:
             ValueError: the question is empty, or the model computes NaN or infinity; the message says what to do.
@@ -141,6 +146,7 @@ class WatchedVideo:
                 max_new_tokens=max_new_tokens,
                 logits_processor=[RequireFinite()],
                 streamer=streamer,
+                **generation,
                 return_dict_in_generate=True,
             )
             answer = processor.decode(output.sequences[0, length:], skip_special_tokens=True)

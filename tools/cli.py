@@ -43,6 +43,15 @@ def libraries() -> Iterator[None]:
         hide_progress_off_terminal()
 
 
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around the imports of what only an extra of this package installs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed; pip install 'stts-molmo[{name}]' brings it.") from error
+
+
 # What `ask` and `visualize` share.
 Video = Annotated[str, typer.Argument(metavar="VIDEO", help="File or URL, of any format that FFmpeg reads.")]
 Model = Annotated[
@@ -73,6 +82,16 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; `auto` is a G
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="`auto` is the checkpoint's own.")
 ]
+# What `serve` and `demo` share.
+LOCALHOST = "127.0.0.1"
+AllowPrivateHosts = Annotated[
+    bool, typer.Option("--allow-private-hosts", help="Fetch links to machines that the internet does not reach.")
+]
+AllowUntrained = Annotated[bool, typer.Option("--allow-untrained", help="Let a scorer choose that was never trained.")]
+MaxMegabytes = Annotated[int, typer.Option(min=1, help="Largest video, in MiB.")]
+MaxVideoSeconds = Annotated[float, typer.Option(min=0, help="Longest video, in seconds.")]
+MaxFrames = Annotated[int, typer.Option(min=1, help="Most frames of a video that may be asked for.")]
+MaxSeconds = Annotated[float, typer.Option(min=0, help="Most seconds from a question to the end of its answer.")]
 
 
 def print_version(wanted: bool) -> None:
@@ -437,3 +456,50 @@ def inspect(
     width = max(map(len, lines))
     for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory or Hub id of an STTS checkpoint.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = LOCALHOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 is any free one.")] = 8000,
+    allow_local: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder in which requests may name files; none when not given."
+        ),
+    ] = None,
+    allow_private_hosts: AllowPrivateHosts = False,
+    max_mb: MaxMegabytes = 64,
+    max_video_seconds: MaxVideoSeconds = 3600,
+    max_frames: MaxFrames = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for, in tokens.")] = 1024,
+    max_seconds: MaxSeconds = 300,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests taken at a time; others get status 503.")] = 16,
+    allow_untrained: AllowUntrained = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """
+    Answer questions over HTTP, by OpenAI's API, one at a time. Needs the extra `serve`.
+
+        stts-molmo serve my/checkpoint --allow-local videos --port 8000
+    """
+    with readable_errors():
+        with libraries():
+            from .checkpoint import Checkpoint
+
+            with extra("serve"):
+                from .serving import Server, run
+            from .streaming import Answerer, Limits
+        limits = Limits(
+            max_bytes=max_mb * 2**20,
+            max_video_seconds=max_video_seconds,
+            max_frames=max_frames,
+            max_new_tokens=max_new_tokens,
+            max_seconds=max_seconds,
+            max_requests=max_requests,
+        )
+        answerer = Answerer(Checkpoint(checkpoint, device, dtype), limits, allow_private_hosts, allow_untrained)
+        name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
+        run(Server(answerer, name, allow_local), host, port, lambda url: typer.echo(f"Serving {name} at {url}."))
