@@ -49,13 +49,13 @@ PACKAGE_FILES = [ROOT / "__init__.py", *CODE_FILES, *python_files("tools", "stts
 ALL_FILES = [ROOT / "setup.py", *PACKAGE_FILES, *python_files(*EXTRAS)]
 
 
-def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Each import of a file with the module it names, `.name` for one beside the file."""
+def imported_modules(path: Path) -> Iterator[str]:
+    """The modules that a file imports anywhere, `.name` for one beside the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            yield node, "." * node.level + (node.module or "")
+            yield "." * node.level + (node.module or "")
         elif isinstance(node, ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
 
 
 def guarded_imports(path: Path) -> set[str]:
@@ -90,7 +90,7 @@ def test_the_bundled_checkpoint_links_to_it():
 @pytest.mark.parametrize("room", CODE)
 def test_rooms_at_the_root_look_one_way(room):
     doors = {f".{name}_stts_molmo" for name in DOORS[room]}
-    for _, module in imported_modules(CODE[room]):
+    for module in imported_modules(CODE[room]):
         ours = module.startswith(".") or module.partition(".")[0] in ("stts_molmo", "stts_kernels", "tools")
         assert not ours or module in doors or (room, module) == ("attention", "stts_kernels"), module
     assert ("stts_kernels" in guarded_imports(CODE[room])) == (room == "attention")
@@ -99,16 +99,16 @@ def test_rooms_at_the_root_look_one_way(room):
 def test_nobody_looks_into_the_workshop():
     """What pip adds builds on what a Hub repository carries; benchmarks, examples and tests build on both."""
     for path in python_files("tools"):
-        for _, module in imported_modules(path):
+        for module in imported_modules(path):
             assert module.partition(".")[0] not in EXTRAS, (path, module)
     for path in python_files("stts_kernels"):
-        assert not [module for _, module in imported_modules(path) if "stts_molmo" in module], path
+        assert not [module for module in imported_modules(path) if "stts_molmo" in module], path
 
 
 def test_test_files_stand_alone():
     """They share helpers.py; none imports from another or changes where modules are found."""
     for path in python_files("tests"):
-        modules = {module for _, module in imported_modules(path)}
+        modules = set(imported_modules(path))
         assert not [module for module in modules if module.startswith(("test_", "conftest"))], path
         attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
         assert not [node for node in attributes if ast.unparse(node) == "sys.path"], path
@@ -144,7 +144,7 @@ def third_party_packages(paths: list[Path]) -> set[str]:
         *EXTRAS,
         *(path.stem for path in paths if path.parent.name != "tools"),
     }
-    modules = {module.partition(".")[0] for path in paths for _, module in imported_modules(path)} - {""}
+    modules = {module.partition(".")[0] for path in paths for module in imported_modules(path)} - {""}
     distributions = packages_distributions()
     return {
         canonicalize_name(distributions.get(module, [module])[0])
