@@ -56,5 +56,5 @@ setup(
         "typer>=0.24,<1",
     ],
     extras_require={"train": TRAIN, "lora": LORA, "quantize": QUANTIZE, "trl": TRL, "test": TEST},
-    entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
+    entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:run"]},
 )

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import shlex
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,12 @@ def libraries() -> Iterator[None]:
     with spinner("loading libraries"):
         yield
         hide_progress_off_terminal()
+
+
+def run() -> None:
+    """Run the command line; SIGTERM ends it as Ctrl-C does, so that nothing half-written stays."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app(prog_name="stts-molmo")
 
 
 # What `ask` and `visualize` share.

@@ -1,10 +1,7 @@
 """What was kept, to look at: frames with dropped blocks dimmed above the scores that decided (Figures 1 and 7)."""
 
-import contextlib
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -16,6 +13,7 @@ from PIL import Image, ImageDraw
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..outputs_stts_molmo import STTSMolmoVideoFeatures
 from ..processing_stts_molmo import STTSMolmoProcessor
+from .files import written_whole
 from .video import encode_video, explained_out_of_memory, make_video_inputs, read_clip
 
 TILE = 162  # pixels of a drawn frame's side
@@ -121,16 +119,6 @@ def compose(
             sheet.paste(picture, (left, top + LABEL_HEIGHT))
             sheet.paste(heat, (left, top + LABEL_HEIGHT + TILE + GAP // 2))
     return sheet
-
-
-@contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a path to write to, which becomes `path` at the end; if writing fails, `path` is as it was."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        draft = Path(scratch) / path.name
-        yield draft
-        os.replace(draft, path)
 
 
 def save_png(images: Sequence[Image.Image], path: str | Path) -> None:
