@@ -193,8 +193,8 @@ def run_python(script: str) -> str:
 
 
 def test_types_and_loader_know_the_same_names():
-    (block,) = (node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If))
-    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    body = ast.parse((ROOT / "__init__.py").read_text()).body
+    (block,) = (node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     typed = {
         alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -206,6 +206,11 @@ def test_types_and_loader_know_the_same_names():
 def test_public_names_resolve(name):
     value = getattr(stts_molmo, name)
     assert name == "__version__" or value.__name__ == name
+
+
+def test_the_repository_may_lie_in_a_folder_of_any_name():
+    """`stts-molmo`, for one: pytest then runs the file at the root as a module that is no package."""
+    assert runpy.run_path(str(ROOT / "__init__.py"), run_name="__init__")["__all__"] == stts_molmo.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error():
