@@ -47,7 +47,7 @@ setup(
         "matplotlib>=3.9,<4",
         "numpy>=2,<3",
         "pillow>=10.0.1,<14",
-        "rich>=14.1,<16",
+        "rich>=14.3,<16",
         "safetensors>=0.8,<1",
         "tokenizers>=0.23.1,<1",
         "torch>=2.11,<3",
