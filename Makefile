@@ -46,7 +46,7 @@ audit:
 
 # The newest releases, as a user gets them; with CONSTRAINTS=constraints.txt those in that file.
 CONSTRAINTS ?=
-INSTALL = pip install --no-compile $(CONSTRAINTS:%=--constraint %) --editable
+INSTALL = python -m pip install --no-compile $(CONSTRAINTS:%=--constraint %) --editable
 
 # --no-compile: most of what torch brings is never imported here. What is imported is compiled once, also where the
 # environment says not to: without, each process that a test starts would take many times as long.
@@ -70,7 +70,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .venv-oldest/.test: setup.py pyproject.toml
 	python3 -m venv .venv-oldest
 	sed -nE 's/^.*"([A-Za-z0-9_-]+)(\[.*\])?>=([0-9.]+).*$$/\1==\3/p' setup.py > .venv-oldest/lower-bounds.txt
-	.venv-oldest/bin/pip install --no-compile --constraint .venv-oldest/lower-bounds.txt --editable ".[test]"
+	.venv-oldest/bin/python -m pip install --no-compile --constraint .venv-oldest/lower-bounds.txt --editable ".[test]"
 	touch $@
 
 # Why each step: engines/vllm/README.md.

@@ -34,7 +34,8 @@ MODULES = {
     "visualize": "tools.visualization",
 }
 __all__ = [*MODULES, "__version__"]
-__path__.append(os.path.join(__path__[0], "tools", "entry"))  # where `python -m` finds its `__main__`
+if "__path__" in globals():  # pytest reads this file alone, in a folder with a name that no package has
+    __path__.append(os.path.join(__path__[0], "tools", "entry"))  # where `python -m` finds its `__main__`
 
 
 def __getattr__(name: str):

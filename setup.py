@@ -54,7 +54,7 @@ setup(
         "matplotlib>=3.9,<4",
         "numpy>=2,<3",
         "pillow>=10.0.1,<14",
-        "rich>=13.8,<16",
+        "rich>=14.3,<16",
         "safetensors>=0.8,<1",
         "tokenizers>=0.23.1,<1",
         "torch>=2.11,<3",
@@ -71,5 +71,5 @@ setup(
         "serve": SERVE,
         "test": TEST,
     },
-    entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:app"]},
+    entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:run"]},
 )

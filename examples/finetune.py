@@ -14,7 +14,8 @@ On one card of 24 GB, adapters only, and with the language model in four bits (`
     python examples/finetune.py --model molmo2-4b-stts --dataset my_videos.jsonl --output_dir runs/lora \\
         --lora --load_in_4bit --bf16 --gradient_checkpointing --learning_rate 1e-4
 
-Besides the flags below it takes all of the Trainer's. Defaults are those of the paper (section 4.1).
+Besides the flags below it takes all of the Trainer's. Defaults are those of the paper (section 4.1). With
+`--resume_from_checkpoint newest` the same command goes on where a run was cut off, and starts one where there is none.
 """
 
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ import torch
 from datasets import Dataset, Video, load_dataset
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
+from stts_molmo.tools.files import newest_checkpoint
 from stts_molmo.tools.publishing import inherited, write_card
 from stts_molmo.tools.sampling import StepSampler
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
@@ -222,7 +224,8 @@ def main(argv: list[str] | None = None) -> Trainer:
         optimizers=(torch.optim.AdamW(groups), None),
     )
     log_aux_loss(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume_from = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir) if resume_from == "newest" else resume_from)
     save(trainer, script)
     return trainer
 

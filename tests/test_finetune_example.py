@@ -16,7 +16,8 @@ import torch
 from helpers import CLIP, ROOT, load_processor, make_tokenized_model, randomize, tokenized_config, write_joint_rows
 from safetensors.torch import load_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
-from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+from stts_molmo.tools.files import newest_checkpoint
+from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Trainer
 
 SCRIPT = ROOT / "examples" / "finetune.py"
 DATASET = ROOT / "examples" / "finetune.jsonl"
@@ -135,17 +136,27 @@ def test_what_it_saves_loads_without_us(uninterrupted, tmp_path):
     assert result.stdout.splitlines() == ["STTSMolmoForConditionalGeneration 0.3 STTSMolmoProcessor 4"] * 2
 
 
-def test_killed_and_resumed_ends_at_the_same_loss(uninterrupted, checkpoint, tmp_path):
+def test_killed_and_resumed_ends_at_the_same_loss(uninterrupted, checkpoint, tmp_path, monkeypatch):
     flags = arguments(checkpoint, tmp_path, "--prune_ratio", "0.3")
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    saved = tmp_path / "checkpoint-2"
-    while not (saved / "trainer_state.json").exists() and process.poll() is None:  # the last file of a checkpoint
+    saved, half = tmp_path / "checkpoint-2", tmp_path / "checkpoint-3"
+    while newest_checkpoint(tmp_path) != saved and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "model.safetensors").exists()
+    shutil.copytree(saved, half)
+    (half / "optimizer.pt").write_bytes((saved / "optimizer.pt").read_bytes()[:1000])
 
-    resumed = finetune.main([*flags, "--resume_from_checkpoint", str(saved)])
+    loaded, load = [], Trainer._load_from_checkpoint
+
+    def note_and_load(self, checkpoint, *args):
+        loaded.append(checkpoint)
+        load(self, checkpoint, *args)
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", note_and_load)
+    resumed = finetune.main([*flags, "--resume_from_checkpoint", "newest"])
+    assert loaded == [saved]
     expected, _ = uninterrupted
     for name in ("loss", "aux_loss"):
         assert logged(resumed.state, name) == pytest.approx(logged(expected.state, name), rel=1e-5), name

@@ -445,9 +445,13 @@ def test_rows_without_padding_that_lose_different_numbers_of_tokens():
     model, inputs = make_model(), make_inputs([4, 6])
     padding = inputs["attention_mask"] == 0
     inputs["input_ids"][padding], inputs["attention_mask"][padding] = 11, 1
-    together = new_tokens(model, inputs, **GREEDY)
+    settings = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    together = model.generate(**inputs, **settings)
     for row in range(2):
-        assert torch.equal(together[row : row + 1], new_tokens(model, solo(inputs, row, [4, 6]), **GREEDY))
+        alone = model.generate(**solo(inputs, row, [4, 6]), **settings)
+        assert torch.equal(together.sequences[row : row + 1, -6:], alone.sequences[:, -6:])
+        for logits, expected in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(logits[row : row + 1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_later_turn_of_several_answers_to_one_prompt():

@@ -52,13 +52,13 @@ ENGINES = sorted((ROOT / "engines").iterdir())  # packages of their own, in envi
 ALL_FILES = [*OUR_FILES, *python_files("engines")]
 
 
-def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Each import of a file with the module it names, `.name` for one beside the file."""
+def imported_modules(path: Path) -> Iterator[str]:
+    """The modules that a file imports anywhere, `.name` for one beside the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            yield node, "." * node.level + (node.module or "")
+            yield "." * node.level + (node.module or "")
         elif isinstance(node, ast.Import):
-            yield from ((node, alias.name) for alias in node.names)
+            yield from (alias.name for alias in node.names)
 
 
 def guarded_imports(path: Path) -> set[str]:
@@ -93,7 +93,7 @@ def test_the_bundled_checkpoint_links_to_it():
 @pytest.mark.parametrize("room", CODE)
 def test_rooms_at_the_root_look_one_way(room):
     doors = {f".{name}_stts_molmo" for name in DOORS[room]}
-    for _, module in imported_modules(CODE[room]):
+    for module in imported_modules(CODE[room]):
         ours = module.startswith(".") or module.partition(".")[0] in ("stts_molmo", "stts_kernels", "tools")
         assert not ours or module in doors or (room, module) == ("attention", "stts_kernels"), module
     assert ("stts_kernels" in guarded_imports(CODE[room])) == (room == "attention")
@@ -102,26 +102,26 @@ def test_rooms_at_the_root_look_one_way(room):
 def test_nobody_looks_into_the_workshop():
     """What pip adds builds on what a Hub repository carries; benchmarks, examples and tests build on both."""
     for path in python_files("tools"):
-        for _, module in imported_modules(path):
+        for module in imported_modules(path):
             assert module.partition(".")[0] not in EXTRAS, (path, module)
     for path in python_files("stts_kernels"):
-        assert not [module for _, module in imported_modules(path) if "stts_molmo" in module], path
+        assert not [module for module in imported_modules(path) if "stts_molmo" in module], path
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda folder: folder.name)
 def test_an_engine_looks_into_the_package_and_nobody_into_an_engine(engine):
     for path in OUR_FILES:
-        for _, module in imported_modules(path):
+        for module in imported_modules(path):
             assert module.partition(".")[0] not in (engine.name, f"{engine.name}_stts_molmo"), (path, module)
     for path in python_files(f"engines/{engine.name}/{engine.name}_stts_molmo"):
-        for _, module in imported_modules(path):
+        for module in imported_modules(path):
             assert module.partition(".")[0] not in ("stts_kernels", "tools", *EXTRAS), (path, module)
 
 
 def test_test_files_stand_alone():
     """They share helpers.py; none imports from another or changes where modules are found."""
     for path in python_files("tests", "engines"):
-        modules = {module for _, module in imported_modules(path)}
+        modules = set(imported_modules(path))
         assert not [module for module in modules if module.startswith(("test_", "conftest"))], path
         attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
         assert not [node for node in attributes if ast.unparse(node) == "sys.path"], path
@@ -157,7 +157,7 @@ def third_party_packages(paths: list[Path]) -> set[str]:
         *EXTRAS,
         *(path.stem for path in paths if path.parent.name != "tools"),
     }
-    modules = {module.partition(".")[0] for path in paths for _, module in imported_modules(path)} - {""}
+    modules = {module.partition(".")[0] for path in paths for module in imported_modules(path)} - {""}
     distributions = packages_distributions()
     return {
         canonicalize_name(distributions.get(module, [module])[0])
@@ -184,7 +184,7 @@ def test_what_an_engine_imports_is_declared(engine):
     project = tomllib.loads((engine / "pyproject.toml").read_text())["project"]
     requirements = list(map(Requirement, project["dependencies"]))
     imported = {
-        module.partition(".")[0] for path in (engine / package).glob("*.py") for _, module in imported_modules(path)
+        module.partition(".")[0] for path in (engine / package).glob("*.py") for module in imported_modules(path)
     }
     third_party = imported - {"", engine.name} - set(sys.stdlib_module_names)
     assert {module.replace("_", "-") for module in third_party} == names(requirements)
@@ -219,8 +219,8 @@ def run_python(script: str) -> str:
 
 
 def test_types_and_loader_know_the_same_names():
-    (block,) = (node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If))
-    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    body = ast.parse((ROOT / "__init__.py").read_text()).body
+    (block,) = (node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     typed = {
         alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -232,6 +232,11 @@ def test_types_and_loader_know_the_same_names():
 def test_public_names_resolve(name):
     value = getattr(stts_molmo, name)
     assert name == "__version__" or value.__name__ == name
+
+
+def test_the_repository_may_lie_in_a_folder_of_any_name():
+    """`stts-molmo`, for one: pytest then runs the file at the root as a module that is no package."""
+    assert runpy.run_path(str(ROOT / "__init__.py"), run_name="__init__")["__all__"] == stts_molmo.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -145,7 +145,9 @@ def test_compact_and_masked_sequences_agree():
     videos = {n: inputs[n] for n in ("pixel_values_videos", "video_token_pooling", "video_grids")}
     features = model.get_video_features(**videos)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    kept = (inputs["input_ids"] == IMAGE_TOKEN) & outputs.input_keep_mask
+    placeholders = inputs["input_ids"] == IMAGE_TOKEN
+    assert torch.equal(outputs.input_keep_mask[placeholders], outputs.keep_mask.flatten())
+    kept = placeholders & outputs.input_keep_mask
     embeds[kept] += features.pooler_output[0]
     keep = outputs.input_keep_mask
     length = keep.shape[1]
@@ -328,7 +330,7 @@ def test_rows_are_aligned_on_both_sides():
     assert left.compact(values, -1).tolist() == [[-1, 0, 2, 4], [6, 7, 8, 9]]
     assert right.compact(values, -1).tolist() == [[0, 2, 4, -1], [6, 7, 8, 9]]
     for plan in (left, right):
-        restored = plan.restore(plan.compact(values)[..., None].float())[..., 0]
+        restored = plan.restore(plan.compact(values, -1)[..., None].float())[..., 0]
         assert torch.equal(restored, values.float().masked_fill(~keep, 0))
         assert plan.is_padded
 

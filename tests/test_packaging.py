@@ -51,7 +51,7 @@ def test_unpacked_wheel_answers_without_the_repository(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
         entry_points = archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt")))
-    assert b"stts-molmo = stts_molmo.tools.cli:app" in entry_points
+    assert b"stts-molmo = stts_molmo.tools.cli:run" in entry_points
     clip = shutil.copy(min((ROOT / "examples" / "clips").glob("*.mp4")), tmp_path / "clip.mp4")
     code = "import stts_molmo.tools.cli as cli; print(cli.__file__); cli.app()"
     output = subprocess.run(

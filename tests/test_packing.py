@@ -10,6 +10,7 @@ from stts_molmo.attention_stts_molmo import (
     Bins,
     first_fit_descending,
     fold_key_bias,
+    pack_into_bins,
     plan_packing,
     refill_lone_frames,
     varlen_attention,
@@ -44,6 +45,20 @@ def test_bins_hold_every_frame_once_without_overlap(counts):
     ]
     assert len(set(slots)) == sum(counts)
     assert all(0 <= b < num_bins and 0 <= slot < 12 for b, slot in slots)
+
+
+def test_in_a_bin_a_frame_sees_itself_alone():
+    counts = [4, 3, 0, 3, 1]  # frame 1 shares its bin with two empty slots
+    packed = torch.arange(1.0, 12)[:, None]
+    dense, mask, slots = pack_into_bins(packed, counts, capacity=5)
+    frame = torch.full((dense.shape[0] * 5,), -1)
+    frame[slots] = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    values = torch.zeros(dense.shape[0] * 5)
+    values[slots] = packed[:, 0]
+    assert torch.equal(dense.flatten(), values) and (values == 0).any()
+    for query in slots.tolist():
+        keys = (mask[query // 5, 0, query % 5] == 0).nonzero()[:, 0] + query // 5 * 5
+        assert keys.tolist() == (frame == frame[query]).nonzero()[:, 0].tolist()
 
 
 def test_a_frame_larger_than_a_bin_is_refused():

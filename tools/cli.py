@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import shlex
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,12 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed; pip install 'stts-molmo[{name}]' brings it.") from error
+
+
+def run() -> None:
+    """Run the command line; SIGTERM ends it as Ctrl-C does, so that nothing half-written stays."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app(prog_name="stts-molmo")
 
 
 # What `ask` and `visualize` share.

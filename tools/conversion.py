@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
 from ..processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
 from .checkpoint import make_config
-from .files import fetch, locate_tensors, read_json
+from .files import fetch, locate_tensors, read_json, scratch_beside
 from .publishing import inherited, write_card
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -88,8 +87,8 @@ def convert_checkpoint(
     scorer = {} if renames else initial_scorer(model.config, model.dtype, seed)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
-        folder = Path(scratch) / destination.name
+    with scratch_beside(destination) as scratch:
+        folder = scratch / destination.name
         model.save_pretrained(folder, state_dict=scorer, save_original_format=True)  # as the rest is named
         _write_processor(source, folder)
         _write_weights(tensor_files, renames, folder, progress)

@@ -1,11 +1,14 @@
-"""Files: those of a checkpoint, which may come from anybody, found and checked; and ours, whole or not there."""
+"""Files: of checkpoints, which may come from anybody, found and checked; and what is written whole or not at all."""
 
-import contextlib
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +16,16 @@ from typing import NamedTuple
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+try:
+    import fcntl
+except ImportError:  # on Windows: what a killed run leaves behind stays there
+    fcntl = None
+
+logger = logging.get_logger(__name__)
+
+SCRATCH = ".partial"  # how the names of folders end that are gone when a file or checkpoint is whole
 CHECKPOINT_FILES = ["README.md", "*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
@@ -129,11 +140,81 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-@contextlib.contextmanager
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """
+    The newest whole checkpoint in the folder of a Trainer's run; `None` where there is none. Warns of newer ones that
+    are not, as a run that is killed while it saves leaves them.
+    """
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
+    for _, checkpoint in sorted(((int(found[1]), path) for found, path in numbered if found), reverse=True):
+        if is_whole(checkpoint):
+            return checkpoint
+        logger.warning(f"{checkpoint} is not whole and is passed over: a run was killed while it saved it.")
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all is there that a Trainer writes: its state, which comes last, and no file that is cut short."""
+    try:
+        read_json(checkpoint / "trainer_state.json")
+        files = [file for file in checkpoint.rglob("*") if file.is_file()]
+        weights = [file for file in files if file.suffix == ".safetensors"]
+        if (checkpoint / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            weights += [checkpoint / name for name in weight_files(checkpoint)]
+        for file in weights:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # What torch saves is a zip archive, whose directory stands at its end; of sharded states `.metadata` comes last.
+    archives = [file for file in files if file.suffix in (".pt", ".pth", ".bin")]
+    sharded = {file.parent for file in files if file.suffix == ".distcp"}
+    return (
+        bool(weights or sharded)
+        and all(map(zipfile.is_zipfile, archives))
+        and all((part / ".metadata").is_file() for part in sharded)
+    )
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """
+    A folder on the file system of `path`, gone in the end. Removes what a process that was killed left of an earlier
+    one for the same `path`, and says so.
+    """
+    prefix = f".{path.name}."
+    for left in path.parent.iterdir():
+        if left.name.startswith(prefix) and left.name.endswith(SCRATCH) and (lock := try_lock(left)) is not None:
+            shutil.rmtree(left)
+            os.close(lock)
+            logger.warning(f"{left} is gone: a run that was killed had left it behind.")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, suffix=SCRATCH) as folder:
+        lock = try_lock(folder)
+        try:
+            yield Path(folder)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def try_lock(folder: str | os.PathLike) -> int | None:
+    """A descriptor that locks `folder` until it is closed or its process ends; `None` where another has the lock."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # some file systems have no locks: nobody can tell then what was left behind
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Gives a path to write to, which becomes `path` at the end; if writing fails, `path` is as it was."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        draft = Path(scratch) / path.name
+    with scratch_beside(path) as scratch:
+        draft = scratch / path.name
         yield draft
         os.replace(draft, path)

@@ -30,7 +30,7 @@ MODELING, GENERATION, CONFIGURATION = (
     "generation_stts_molmo.py",
     "configuration_stts_molmo.py",
 )
-TRAINING, CONVERSION, FILES = "tools/training.py", "tools/conversion.py", "tools/files.py"
+TRAINING, FILES = "tools/training.py", "tools/files.py"
 
 PAPER = reference("paper and dense and sdpa")
 PAPER_PADDED = reference("paper and padded and sdpa")

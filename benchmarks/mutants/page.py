@@ -15,11 +15,12 @@ HEAD = """<!-- Written by `make mutants`. -->
 
 Each row is a small mistake, made in the code on purpose and alone, in a copy of the repository; then the tests run that
 should notice it. *Killed* means that the named test fails, and passes without the mistake. The mistakes are written by
-hand, in [benchmarks/mutants/mutations.py](../benchmarks/mutants/mutations.py), where old and new text and the tests
-stand; the command refuses to run when a text is no longer in its file.
+hand, in [benchmarks/mutants](../benchmarks/mutants/mutations.py), where old and new text and the tests stand. The
+command refuses to run when a text is no longer in its file.
 
-{counts}, tried on {date} with {versions} on {hardware}; from
-[mutants.json](../benchmarks/results/mutants.json).
+{counts}.
+Tried on {date} with {versions},
+on {hardware}; from [mutants.json](../benchmarks/results/mutants.json).
 """
 
 TAIL = """

@@ -2,7 +2,6 @@
 
 from .mutation import (
     BY_HAND,
-    CONVERSION,
     FILES,
     GENERATE,
     GENERATION,
@@ -262,17 +261,31 @@ OF_PROMPT_AND_TRAINING = [
     # Files
     # ------------------------------------------------------------------------------------------------------------------
     Mutation(
-        "a checkpoint's scratch folder on another file system",
-        CONVERSION,
-        'tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.")',
+        "a scratch folder on another file system",
+        FILES,
+        "tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, suffix=SCRATCH)",
         "tempfile.TemporaryDirectory()",
-        "tests/test_conversion.py -k beside_its_place",
+        "tests/test_conversion.py tests/test_visualization.py -k beside_its_place",
     ),
     Mutation(
-        "a picture's scratch folder on another file system",
+        "what a killed run left stays",
         FILES,
-        'tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")',
-        "tempfile.TemporaryDirectory()",
-        "tests/test_visualization.py -k beside_its_place",
+        "left.name.endswith(SCRATCH)",
+        "left.name.endswith(path.name)",
+        "tests/test_interrupted.py -k scratch",
+    ),
+    Mutation(
+        "what another run is writing goes",
+        FILES,
+        "except OSError:  # some",
+        "except EOFError:  # some",
+        "tests/test_interrupted.py -k scratch",
+    ),
+    Mutation(
+        "resumes from a half checkpoint",
+        FILES,
+        "if is_whole(checkpoint):",
+        "if checkpoint.is_dir():",
+        "tests/test_interrupted.py -k newest",
     ),
 ]

@@ -1,12 +1,13 @@
 """
 Changes the code in one place at a time, and sees whether the tests that should notice do.
 
-    python -m benchmarks.mutants [words ...]
+    python -m benchmarks.mutants [--resume] [words ...]
 
 Each change of mutations.py is made in a temporary copy of the repository, where its tests run in a process of their
-own. What comes of it goes to benchmarks/results/mutants.json, and from there to docs/mutants.md. With words only the
-changes are tried whose description or file has one of them; other results stay, if they are of the same machine and
-versions. Exits with 1 when a change that should be noticed is not.
+own. What comes of it goes to benchmarks/results/mutants.json at once, and in the end to docs/mutants.md. With words
+only the changes are tried whose description or file has one of them; other results stay, if they are of the same
+machine and versions. With --resume those that stand in the file as they are now, and were noticed or cannot be, are not
+tried again. Exits with 1 when a change that should be noticed is not.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,50 +135,77 @@ def copy_tree(folder: Path) -> Path:
     return root
 
 
-def try_all(mutations: Sequence[Mutation]) -> list[dict]:
+def read_records() -> dict[str, dict]:
+    """The records in the file by description; none where they are of another machine or other versions."""
+    from ..common import provenance
+
+    if not RESULT.exists():
+        return {}
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    if any(result[name] != value for name, value in provenance().items() if name != "date"):
+        return {}
+    return {record["what"]: record for record in result["mutations"]}
+
+
+def is_settled(mutation: Mutation, record: dict | None) -> bool:
+    """Whether `record` is of this very mutation, which something noticed, or nothing can."""
+    return record is not None and record["verdict"] != "alive" and mutation._asdict().items() <= record.items()
+
+
+def write_records(by_what: dict[str, dict]) -> dict:
+    """Write the file with them, without those of mutations that are no more. Returns its content."""
+    from stts_molmo.tools.files import written_whole
+
+    from ..common import provenance
+
+    records = [by_what[mutation.what] for mutation in MUTATIONS if mutation.what in by_what]
+    result = provenance() | {"mutations": records}
+    with written_whole(RESULT) as draft:
+        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def apart(function: Callable, *arguments):
     """
-    The record of each mutation.
+    What `function` gives in a process of its own. It may import the package, which in this process would take the place
+    of the copy that tests run on.
+    """
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def try_all(mutations: Sequence[Mutation], by_what: dict[str, dict]) -> dict:
+    """
+    The content of the file with the record of each mutation, beside those of `by_what`.
 
     Raises:
-        ValueError: a test that noticed one fails without any.
+        ValueError: a test that noticed one fails without any. The records that name it are not kept.
     """
-    records = []
     with tempfile.TemporaryDirectory() as scratch:
         root = copy_tree(Path(scratch))
         for mutation in mutations:
             start = time.perf_counter()
-            records.append(try_mutation(mutation, root))
+            record = by_what[mutation.what] = try_mutation(mutation, root)
             seconds = time.perf_counter() - start
-            print(f"{records[-1]['verdict']:14} {seconds:5.0f} s  {mutation.file}: {mutation.what}", flush=True)
-        tests = {record["killed_by"] for record in records if "::" in (record["killed_by"] or "")}
+            print(f"{record['verdict']:14} {seconds:5.0f} s  {mutation.file}: {mutation.what}", flush=True)
+            apart(write_records, by_what)
+        tests = {record["killed_by"] for record in by_what.values() if "::" in (record["killed_by"] or "")}
         failed = run_apart(root, sorted(tests)).failed if tests else []
     if failed:
+        apart(write_records, {what: record for what, record in by_what.items() if record["killed_by"] not in failed})
         raise ValueError(f"Without any mutation these fail too: {', '.join(failed)}.")
-    return records
-
-
-def write_result(records: Sequence[dict]) -> None:
-    """Records in place of older ones of the same description; those of another machine or other versions go."""
-    from ..common import provenance  # imports the package, which in the tests' processes must be the copy
-
-    result, by_what = provenance(), {record["what"]: record for record in records}
-    if RESULT.exists():
-        older = json.loads(RESULT.read_text(encoding="utf-8"))
-        if all(older[name] == result[name] for name in ("hardware", "versions")):
-            by_what = {record["what"]: record for record in older["mutations"]} | by_what
-    result["mutations"] = [by_what[mutation.what] for mutation in MUTATIONS if mutation.what in by_what]
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(render(result), encoding="utf-8")
+    return apart(write_records, by_what)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description="See benchmarks/mutants/run.py.")
     parser.add_argument("words", nargs="*")
-    words = parser.parse_args(arguments).words
+    parser.add_argument("--resume", action="store_true", help="leave out what an earlier run has settled")
+    args = parser.parse_args(arguments)
     check_text(MUTATIONS)
-    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file} {m.what}" for word in words)]
+    chosen = [m for m in MUTATIONS if not args.words or any(word in f"{m.file} {m.what}" for word in args.words)]
     if not chosen:
-        raise SystemExit(f"No mutation has {' or '.join(words)} in its description or file.")
+        raise SystemExit(f"No mutation has {' or '.join(args.words)} in its description or file.")
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's client is imported
     import torch
@@ -185,9 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in HEAVY:
         __import__(name)
-    records = try_all(chosen)
-    write_result(records)
-    for record in records:
+    by_what = apart(read_records)
+    if args.resume:
+        chosen = [mutation for mutation in chosen if not is_settled(mutation, by_what.get(mutation.what))]
+    result = try_all(chosen, by_what)
+    PAGE.write_text(render(result), encoding="utf-8")
+    for record in result["mutations"]:
         if record["verdict"] == "alive":
             raise SystemExit(f"{record['file']}: nothing notices that {record['what']}.")
         if record["equivalent"] and record["killed_by"]:

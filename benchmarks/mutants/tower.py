@@ -332,7 +332,6 @@ OF_THE_TOWER = [
         "mask.flatten().to(torch.int8).argsort(descending=True, stable=True)",
         "mask.flatten().to(torch.int8).argsort(descending=True)",
         f"{SCORING} -k mask_to_indices",
-        "torch sorts stably on a CPU, asked or not; on a GPU the order of the survivors would be another",
     ),
     Mutation(
         "spare merges go to one frame fewer",
@@ -535,7 +534,7 @@ OF_THE_TOWER = [
         ATTENTION,
         "frame_ids = torch.full((bins.num_bins * capacity,), -1, device=packed.device)",
         "frame_ids = torch.full((bins.num_bins * capacity,), 1, device=packed.device)",
-        PAPER_EAGER,
+        f"{PACKING} -k in_a_bin",
     ),
     # ------------------------------------------------------------------------------------------------------------------
     # Attention

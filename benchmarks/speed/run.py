@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from stts_molmo.tools.files import written_whole
 from transformers.utils.logging import disable_progress_bar
 
 from ..common import provenance, torch_threads
@@ -98,5 +99,6 @@ def main(arguments: Sequence[str] | None = None):
     disable_progress_bar()
     for result in run(preset, args.sections):  # written after each section: should time run out, these are there
         result = {"preset": args.preset, **result}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        with written_whole(args.output) as draft:
+            draft.write_text(json.dumps(result, indent=1) + "\n")
         plot(result, args.output.with_suffix(".png"))

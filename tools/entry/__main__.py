@@ -1,5 +1,5 @@
 """`python -m stts_molmo`. In a folder of its own: at the root it would be taken for a Hub repository's file."""
 
-from stts_molmo.tools.cli import app
+from stts_molmo.tools.cli import run
 
-app(prog_name="stts-molmo")
+run()
