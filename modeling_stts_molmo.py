@@ -193,7 +193,8 @@ class TokenScorer(nn.Module):
 
     def is_untrained(self) -> bool:
         """Whether all biases are zero, as in a fresh scorer: the first step of any training moves them."""
-        return not any(bool(p.any()) for name, p in self.named_parameters() if name.endswith("bias"))
+        biases = (p for name, p in self.named_parameters() if name.endswith("bias"))
+        return not any(p.is_meta or bool(p.any()) for p in biases)  # offloaded ones cannot be read here
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import CLIP, load_processor, make_tokenized_model
+from stts_molmo.modeling_stts_molmo import STTSMolmoModel
 from stts_molmo.tools.training import VideoQACollator, parameter_groups
 from transformers import Trainer, TrainingArguments
 
@@ -60,3 +61,54 @@ def test_it_trains_as_the_plain_trainer_does(tmp_path):
 def test_a_loss_of_trls_own_is_refused(tmp_path):
     with pytest.raises(ValueError, match="loss_type='dft' is TRL's own"):
         train(VideoSFTTrainer, trl.SFTConfig, tmp_path, loss_type="dft", bf16=False)
+
+
+def train_on_preferences(folder, model, processor):
+    chosen, rejected = ([{"role": "assistant", "content": word}] for word in ("ring", "cross"))
+    row = {"prompt": ROWS[0]["messages"][:1], "chosen": chosen, "rejected": rejected}
+    settings = {"bf16": False, "gradient_checkpointing": False}
+    trl.DPOTrainer(
+        model,
+        make_tokenized_model(),
+        args=trl.DPOConfig(str(folder), **SETTINGS, **settings),
+        train_dataset=Dataset.from_list([row] * 2),
+        processing_class=processor,
+    ).train()
+
+
+def train_on_rewards(folder, model, processor):
+    settings = {"bf16": False, "gradient_checkpointing": False, "num_generations": 2, "max_completion_length": 2}
+    trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(index) for index in range(len(completions))],
+        args=trl.GRPOConfig(str(folder), **SETTINGS, **settings),
+        train_dataset=Dataset.from_list([{"prompt": ROWS[0]["messages"][:1]}] * 2),
+        processing_class=processor,
+    ).train()
+
+
+@pytest.mark.parametrize("train", [train_on_preferences, train_on_rewards], ids=["DPO", "GRPO"])
+def test_what_leaves_the_video_out_stops(train, tmp_path, monkeypatch):
+    """Why docs/training.md calls these unsupported: TRL gives the model placeholders, and no video to put there."""
+    model, processor = make_tokenized_model(), load_processor()
+    processor.video_processor.num_frames = 4
+    given, forward, generate = [], STTSMolmoModel.forward, type(model).generate
+
+    def record(core, *args, **kwargs):
+        given.append(kwargs)
+        return forward(core, *args, **kwargs)
+
+    def generate_in_evaluation(model, *args, **kwargs):
+        """GRPO does it in training, which Molmo2 refuses: this is for what comes after."""
+        model.eval()
+        try:
+            return generate(model, *args, **kwargs)
+        finally:
+            model.train()
+
+    monkeypatch.setattr(STTSMolmoModel, "forward", record)
+    monkeypatch.setattr(type(model), "generate", generate_in_evaluation)
+    with pytest.raises(ValueError, match="`mm_token_type_ids` is required as a model input when training"):
+        train(tmp_path, model, processor)
+    assert (given[-1]["input_ids"] == model.config.image_token_id).any()
+    assert given[-1].get("pixel_values_videos") is given[-1].get("mm_encoder_outputs") is None
