@@ -12,7 +12,7 @@ from stts_molmo.tools.cli import app
 from typer.testing import CliRunner
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed; make test-extras runs this")
-QUESTION = "Which shape moves?"
+QUESTION = "Which way does the ball move?"
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
 
 

@@ -14,7 +14,7 @@ from stts_molmo.tools.visualization import GAP, LABEL_HEIGHT, TILE
 from stts_molmo.tools.why import RATIOS, see_why
 from typer.testing import CliRunner
 
-QUESTION = "What color is the moving shape?"
+QUESTION = "What color is the ball?"
 ROW = LABEL_HEIGHT + TILE + TILE // 2 + 2 * GAP
 
 
@@ -86,5 +86,5 @@ def test_the_notebook_runs(monkeypatch, capsys):
             exec("".join(cell["source"]), names)
     output = capsys.readouterr().out
     assert "none, prune ratio 0, 72 of 72 tokens: " in output and "random, prune ratio 0.75, 18 of 72" in output
-    assert output.endswith("What color is the still shape? green\nWhich shape moves? triangle\n")
+    assert output.endswith("What color is the still shape? green\nWhich way does the ball move? left\n")
     assert isinstance(names["seen"].images[0], Image.Image)
