@@ -2,6 +2,7 @@
 
 CLIP ?= examples/clips/quiet.mp4
 EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py tests/test_serving.py
+EXTRA_TESTS += tests/test_corpus_ray.py tests/test_asking_docs.py
 QUESTION ?= What color is the still shape?
 
 demo: .venv/.core
@@ -63,7 +64,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # In an environment of its own: extras may want other versions than the rest.
 .venv-extras/.test: setup.py pyproject.toml
 	python3 -m venv .venv-extras
-	.venv-extras/bin/$(INSTALL) ".[test,lora,quantize,trl,serve]"
+	.venv-extras/bin/$(INSTALL) ".[test,lora,quantize,trl,serve,ray]"
 	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.

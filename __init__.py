@@ -12,15 +12,19 @@ if TYPE_CHECKING:
     from .modeling_stts_molmo import STTSMolmoModel as STTSMolmoModel
     from .processing_stts_molmo import STTSMolmoProcessor as STTSMolmoProcessor
     from .processing_stts_molmo import STTSMolmoVideoProcessor as STTSMolmoVideoProcessor
+    from .tools.answer import WatchedVideo as WatchedVideo
+    from .tools.checkpoint import Checkpoint as Checkpoint
     from .tools.conversion import convert_checkpoint as convert_checkpoint
     from .tools.training import VideoQACollator as VideoQACollator
     from .tools.training import log_aux_loss as log_aux_loss
     from .tools.training import parameter_groups as parameter_groups
     from .tools.visualization import visualize as visualize
+    from .tools.why import see_why as see_why
 
     __version__: str
 
 MODULES = {
+    "Checkpoint": "tools.checkpoint",
     "STTSConfig": "configuration_stts_molmo",
     "STTSMolmoConfig": "configuration_stts_molmo",
     "STTSMolmoForConditionalGeneration": "modeling_stts_molmo",
@@ -28,9 +32,11 @@ MODULES = {
     "STTSMolmoProcessor": "processing_stts_molmo",
     "STTSMolmoVideoProcessor": "processing_stts_molmo",
     "VideoQACollator": "tools.training",
+    "WatchedVideo": "tools.answer",
     "convert_checkpoint": "tools.conversion",
     "log_aux_loss": "tools.training",
     "parameter_groups": "tools.training",
+    "see_why": "tools.why",
     "visualize": "tools.visualization",
 }
 __all__ = [*MODULES, "__version__"]

@@ -29,14 +29,17 @@ from transformers.models.molmo2.video_processing_molmo2 import (
     resize_and_normalize_image,
 )
 from transformers.processing_utils import Unpack
+from transformers.utils import logging
 from transformers.video_utils import VideoInput, VideoMetadata, make_batched_metadata, make_batched_videos
 
 from .configuration_stts_molmo import STTSMolmoConfig, is_remote_code, validate_max_vision_tokens
 from .download_stts_molmo import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES, download, is_link, quoted
 from .video_stts_molmo import (
     MAX_FRAME_SIZE,
+    MAX_SAMPLES,
     TIME_TOLERANCE,
     EncodedVideo,
+    OpenDecoder,
     assume_frame_rate,
     complete_metadata,
     eight_bit_frames,
@@ -48,6 +51,8 @@ from .video_stts_molmo import (
     take_sampled_frames,
     wrap_encoded_videos,
 )
+
+logger = logging.get_logger(__name__)
 
 # What the model prunes with, and a processor needs to know for `test_time_scaling` alone.
 PRUNING_OPTIONS = ("prune_ratio", "max_vision_tokens")
@@ -67,56 +72,118 @@ LIMITS = (
     "max_video_seconds",
 )
 
+# What a part of a chat may ask of its video, and what it may say that only other models heed.
+REQUESTS = ("video_start", "video_end", "fps", "nframes", "max_frames")
+OF_OTHER_MODELS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "min_frames")
+
 # Put into special tokens that a user typed. Unicode sets it aside for programs, so it is in no text; the tokenizer
 # drops it after it looked for special tokens, and tokenizes what is around it as if it had never been there.
 MARK = "\ufdd0"
 
 
-class VideoSpan(str):
+class VideoRequest(str):
     """
-    Some seconds of a video file, which pass as the `str` that Transformers' batching of videos takes for a file.
+    A video file with what its part of a chat asks of it, which passes as the `str` that Transformers' batching of
+    videos takes for a file.
+
+    Args:
+        video (`str`): path of a file, an `EncodedVideo` or an `OpenDecoder`.
+        seconds (`tuple[float, float]`): between which its frames are sampled.
+        sampling (`dict`): options of `sample_frames` for this video.
 
     Raises:
-        ValueError: these are no seconds in order, or `video` is no file.
+        ValueError: these are no seconds in order.
     """
 
-    def __new__(cls, video, seconds: tuple[float, float]):
+    def __new__(cls, video: str, seconds: tuple[float, float], sampling: dict):
         start, end = seconds
         if not all(isinstance(value, Real) for value in seconds) or not 0 <= start < end:
             raise ValueError(
                 f"video_start={start!r} and video_end={end!r} must be seconds, 0 <= video_start < video_end."
             )
         self = super().__new__(cls, video)
-        self.video, self.seconds = video, seconds
+        self.video, self.seconds, self.sampling = video, seconds, sampling
         return self
 
 
-def take_span(part: dict) -> dict:
-    """A part of a chat whose `video_start` and `video_end`, in seconds, are in its video."""
-    start, end = part.get("video_start"), part.get("video_end")
-    if part.get("type") != "video" or start is end is None:
+def take_request(part: dict) -> dict:
+    """
+    A part of a chat with all that it asks of its video in the video itself: `video_start` and `video_end`, and what
+    qwen-vl-utils takes, `fps` (up to `max_frames`) or `nframes`. OpenAI's `video_url` becomes `video`.
+
+    Raises:
+        ValueError: this is asked of frames, or cannot be done.
+    """
+    if part.get("type") == "video_url":
+        link = part.get("video_url")
+        part = {**part, "type": "video", "url": link.get("url") if isinstance(link, dict) else link}
+    if part.get("type") != "video":
         return part
-    seconds = (0 if start is None else start, math.inf if end is None else end)
-    part = {name: value for name, value in part.items() if name not in ("video_start", "video_end")}
+    if unheeded := [name for name in OF_OTHER_MODELS if name in part]:
+        logger.warning_once(f"{', '.join(unheeded)} in a chat have no effect: Molmo2 sees all frames in one size.")
+    asked = {name: part[name] for name in REQUESTS if part.get(name) is not None}
+    part = {name: value for name, value in part.items() if name not in REQUESTS}
+    if not asked:
+        return part
     for name in ("video", "url", "path"):
         if part.get(name) is not None:
             video = wrap_encoded_videos(part[name])
             if not isinstance(video, str):
-                raise ValueError("video_start and video_end are for files; of frames pass those that are wanted.")
-            part[name] = VideoSpan(video, seconds)
+                raise ValueError(f"{' and '.join(asked)} are for files; of frames pass those that are wanted.")
+            seconds = (asked.get("video_start", 0), asked.get("video_end", math.inf))
+            part[name] = VideoRequest(video, seconds, requested_sampling(**asked))
     return part
 
 
-def take_spans(conversation):
-    """A chat, or several, with [`take_span`] of each part."""
+def requested_sampling(
+    fps: float | None = None, nframes: int | None = None, max_frames: int | None = None, **seconds
+) -> dict:
+    """The options of `sample_frames` that give the `nframes` or `fps` that a part of a chat asks for."""
+    given = {"fps": fps, "nframes": nframes, "max_frames": max_frames}
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r} in a chat must be a number above 0.")
+    if nframes is not None:
+        if fps is not None:
+            raise ValueError(f"nframes={nframes} and fps={fps} in a chat exclude each other; write one of them.")
+        return {"num_frames": int(nframes), "max_fps": MAX_SAMPLES, "fps": None, "test_time_scaling": False}
+    sampling = {} if fps is None else {"fps": None, "max_fps": fps}
+    return sampling if max_frames is None else {"fps": None, **sampling, "num_frames": int(max_frames)}
+
+
+def take_requests(conversation):
+    """A chat, or several, with [`take_request`] of each part."""
     if isinstance(conversation, (list, tuple)):
-        return [take_spans(messages) for messages in conversation]
+        return [take_requests(messages) for messages in conversation]
     if isinstance(conversation, dict) and isinstance(conversation.get("content"), (list, tuple)):
         return {
             **conversation,
-            "content": [take_span(part) if isinstance(part, dict) else part for part in conversation["content"]],
+            "content": [take_request(part) if isinstance(part, dict) else part for part in conversation["content"]],
         }
     return conversation
+
+
+def video_parts(conversation) -> Iterator[dict]:
+    """The parts of a chat, or of several, that are videos."""
+    if isinstance(conversation, (list, tuple)):
+        for message in conversation:
+            yield from video_parts(message)
+    elif isinstance(conversation, dict) and isinstance(conversation.get("content"), (list, tuple)):
+        yield from video_parts(conversation["content"])
+    elif isinstance(conversation, dict) and conversation.get("type") == "video":
+        yield conversation
+
+
+def rates_of_frames(conversation) -> dict:
+    """The option `video_metadata` for a chat whose videos are frames, `sample_fps` of them a second."""
+    parts = list(video_parts(conversation))
+    if not any("sample_fps" in part for part in parts):
+        return {}
+    rates = [float(part.get("sample_fps") or 0) or None for part in parts]
+    videos = [part.get("video") for part in parts]
+    lengths = [0 if video is None or isinstance(video, str) else len(video) for video in videos]
+    pairs = zip(lengths, rates, strict=True)
+    return {"video_metadata": [VideoMetadata(total_num_frames=length, fps=rate) for length, rate in pairs]}
 
 
 def sample_between(seconds: tuple[float, float], sample_indices_fn: Callable | None, metadata) -> np.ndarray:
@@ -387,14 +454,18 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         sample_indices_fn: Callable | None = None,
         resize: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
-        if isinstance(video_url_or_urls, VideoSpan):
-            sample_indices_fn = partial(sample_between, video_url_or_urls.seconds, sample_indices_fn)
-            video_url_or_urls = video_url_or_urls.video
+        if isinstance(video_url_or_urls, VideoRequest):
+            request, video_url_or_urls = video_url_or_urls, video_url_or_urls.video
+            if sample_indices_fn is not None:
+                sample_indices_fn = partial(sample_indices_fn, **request.sampling)
+            if request.seconds != (0, math.inf):
+                sample_indices_fn = partial(sample_between, request.seconds, sample_indices_fn)
         if isinstance(video_url_or_urls, list):
-            videos = [video.video if isinstance(video, VideoSpan) else video for video in video_url_or_urls]
-            files = [id(video.file) for video in videos if isinstance(video, EncodedVideo)]
-            # A file object that comes twice cannot be read in two places at a time.
-            with ThreadPoolExecutor(None if len(set(files)) == len(files) else 1) as pool:
+            videos = [video.video if isinstance(video, VideoRequest) else video for video in video_url_or_urls]
+            open_already = [video for video in videos if isinstance(video, (EncodedVideo, OpenDecoder))]
+            readers = [id(video.decoder if isinstance(video, OpenDecoder) else video.file) for video in open_already]
+            # A file object or a decoder that comes twice cannot be read in two places at a time.
+            with ThreadPoolExecutor(None if len(set(readers)) == len(readers) else 1) as pool:
                 fetch = partial(self.fetch_videos, sample_indices_fn=sample_indices_fn, resize=resize)
                 return list(zip(*pool.map(fetch, video_url_or_urls), strict=True))
         with self.named_file(video_url_or_urls) as video:
@@ -421,7 +492,7 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         Raises:
             ValueError: it cannot be downloaded, or names a file of this machine where that is not allowed.
         """
-        if isinstance(name, EncodedVideo):
+        if isinstance(name, (EncodedVideo, OpenDecoder)):
             yield name
         elif is_link(name):
             limits = (self.max_download_bytes, self.download_seconds, self.allow_private_hosts)
@@ -480,7 +551,8 @@ class STTSMolmoProcessor(Molmo2Processor):
     ):
         """
         As `ProcessorMixin.apply_chat_template`. A video's part of a message may have `video_start` and `video_end`:
-        frames are sampled between these seconds of the file, and the prompt tells their times in the file.
+        frames are sampled between these seconds of the file, and the prompt tells their times in the file. It may also
+        have what qwen-vl-utils takes: `nframes`, `fps` and `max_frames` for files, `sample_fps` for lists of frames.
 
         Args:
             sanitize_control_tokens (`bool`, defaults to `True`): special tokens in the messages, also placeholders of
@@ -493,7 +565,10 @@ class STTSMolmoProcessor(Molmo2Processor):
         if sanitize_control_tokens:
             drop_marks(self.tokenizer)
             conversation = self.as_text(conversation)
-        return super().apply_chat_template(take_spans(conversation), chat_template, **kwargs)
+        conversation = take_requests(conversation)
+        if rates := rates_of_frames(conversation):
+            kwargs["processor_kwargs"] = rates | (kwargs.get("processor_kwargs") or {})
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def as_text(self, value):
         """
@@ -504,7 +579,7 @@ class STTSMolmoProcessor(Molmo2Processor):
             return special_tokens_pattern(self.tokenizer).sub(lambda m: m[0][0] + MARK + m[0][1:], value)
         if isinstance(value, (list, tuple)):
             return [self.as_text(item) for item in value]
-        if not isinstance(value, dict) or value.get("type") in ("image", "image_url", "video"):
+        if not isinstance(value, dict) or value.get("type") in ("image", "image_url", "video", "video_url"):
             return value
         if value.get("type") == "audio":
             raise ValueError("A chat with audio is not supported; Molmo2 takes text, images and videos.")

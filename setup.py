@@ -14,6 +14,10 @@ LORA = [
 ]
 QUANTIZE = ["torchao>=0.15,<1"]
 PARQUET = ["pyarrow>=21,<27"]
+RAY = [
+    *PARQUET,
+    "ray[data]>=2.50,<3",
+]
 TRL = ["trl>=1.5,<2"]
 SERVE = [
     "openai>=2,<4",  # the client, with which docs/serving.md asks
@@ -69,6 +73,7 @@ setup(
         "trl": TRL,
         "parquet": PARQUET,
         "serve": SERVE,
+        "ray": RAY,
         "test": TEST,
     },
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:run"]},

@@ -8,7 +8,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -137,6 +137,17 @@ class EncodedVideo(str):
     def __new__(cls, file: io.IOBase, name: str | None = None):
         self = super().__new__(cls, name or f"<{type(file).__name__}>")
         self.file = file
+        return self
+
+
+class OpenDecoder(str):
+    """
+    A decoder as torchcodec has it, which passes as the `str` that Transformers' batching of videos takes for a file.
+    """
+
+    def __new__(cls, decoder):
+        self = super().__new__(cls, f"<{type(decoder).__name__}>")
+        self.decoder = decoder
         return self
 
 
@@ -327,7 +338,9 @@ def assume_frame_rate(metadata: VideoMetadata, fps: float | None) -> None:
 def wrap_encoded_videos(videos: VideoInput):
     """
     Turn what Transformers' batching of videos does not know into what it does: `os.PathLike` into `str`, bytes and
-    binary file objects into `EncodedVideo`, images into RGB. Strings and arrays stay as they are; lists are searched.
+    binary file objects into `EncodedVideo`, images into RGB, torchcodec's decoders into `OpenDecoder`. What a column of
+    videos in `datasets` holds is the file that it was made of, decoded or not. Strings and arrays stay as they are;
+    lists are searched.
 
     Raises:
         ValueError: there is no video, something that is none, or a mixture of files and frames.
@@ -342,6 +355,17 @@ def wrap_encoded_videos(videos: VideoInput):
 
 
 def wrap_video(videos: VideoInput):
+    source = getattr(videos, "_hf_encoded", None) or {}  # what `datasets` notes that a decoder reads
+    if source.get("bytes") is not None or os.path.isfile(source.get("path") or ""):
+        videos = source
+    if isinstance(videos, Mapping):
+        if videos.get("bytes") is not None:
+            return EncodedVideo(io.BytesIO(videos["bytes"]), videos.get("path"))
+        if videos.get("path") is None:
+            raise ValueError(f'A video with the keys {sorted(videos)} has neither "bytes" nor a "path"; give it one.')
+        return os.fspath(videos["path"])
+    if hasattr(videos, "get_frames_at"):
+        return OpenDecoder(videos)
     if isinstance(videos, os.PathLike):
         return os.fspath(videos)
     if isinstance(videos, (bytes, bytearray, memoryview)):
@@ -356,7 +380,7 @@ def wrap_video(videos: VideoInput):
         return videos
     raise ValueError(
         f"A video of type {type(videos).__name__} is not supported; pass a path, a URL, bytes, a binary file object, "
-        "an array of frames or a list of frames."
+        "an array of frames, a list of frames, a decoder of torchcodec or what a column of `datasets` holds."
     )
 
 
@@ -663,6 +687,36 @@ def sample_clip(
     return clip, metadata, len(indices) - len(clip.pts)
 
 
+def read_decoder(
+    decoder, sample_indices_fn: Callable | None = None, resize: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, TimedVideoMetadata]:
+    """
+    `read_video` for a decoder as torchcodec has it, which tells when a frame is shown only as it decodes it: frames are
+    chosen as if they followed each other evenly, and the times of those chosen are their own.
+    """
+    num_frames = len(decoder)
+    if not num_frames:
+        raise ValueError("The decoder has no frames; pass one of a video that shows something.")
+    start, end = (decoder.get_frame_at(index).pts_seconds for index in (0, num_frames - 1))
+    metadata = TimedVideoMetadata(
+        total_num_frames=num_frames,
+        fps=(num_frames - 1) / (end - start) if end > start else None,
+        duration=end - start,
+        video_backend="torchcodec",
+        frame_times=np.linspace(0, end - start, num_frames).round(3),
+        tolerance=0.0005 + TIME_TOLERANCE,
+    )
+    indices = np.arange(num_frames) if sample_indices_fn is None else sample_indices_fn(metadata=metadata)
+    batch = decoder.get_frames_at([int(index) for index in indices])
+    frames = eight_bit_frames(rgb_frames(batch.data))
+    if frames.shape[1] != 3:
+        frames = frames.permute(0, 3, 1, 2)
+    metadata.frames_indices = indices
+    metadata.frame_times[indices] = (np.asarray(batch.pts_seconds.cpu()) - start).round(3)
+    metadata.height, metadata.width = frames.shape[2:]
+    return frames if resize is None else torch.stack([resize(frame) for frame in frames]), metadata
+
+
 def read_video(
     video: str,
     sample_indices_fn: Callable | None = None,
@@ -676,7 +730,7 @@ def read_video(
     the container marks as damaged, of a file that ends early and of a clock that goes back.
 
     Args:
-        video (`str`): path of a file, or an `EncodedVideo`.
+        video (`str`): path of a file, an `EncodedVideo` or an `OpenDecoder`.
         sample_indices_fn (`Callable`, *optional*): called with `metadata=TimedVideoMetadata`, returns the ascending
             indices of the frames to decode; every frame when not given.
         resize (`Callable`, *optional*): called with each frame, uint8 `(3, height, width)`, upright, as soon as it is
@@ -692,6 +746,8 @@ def read_video(
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, not a video, has no video stream, no decodable frame or too large ones.
     """
+    if isinstance(video, OpenDecoder):
+        return read_decoder(video.decoder, sample_indices_fn, resize)
     decoding = {"resize": resize, "max_frame_size": max_frame_size}
     index = read_frame_index(video, max_frame_size)
     clip, metadata, num_missing = sample_clip(video, index, sample_indices_fn, **decoding)

@@ -21,7 +21,7 @@ from transformers import pipeline
 from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner
 
-QUESTIONS = ["What color is the still shape?", "Which shape moves?", "What color is the moving shape?"]
+QUESTIONS = ["What color is the still shape?", "Which way does the ball move?", "What color is the ball?"]
 PRUNINGS = [{"prune_ratio": 0}, {"prune_ratio": 0.7}, {"max_vision_tokens": 20, "method": "cosine"}, {"method": "tome"}]
 
 

@@ -21,7 +21,7 @@ from stts_molmo.tools.corpus import COLUMNS, answer_corpus, find_videos
 from stts_molmo.tools.tables import Journal, read_rows
 from typer.testing import CliRunner
 
-QUESTIONS = ["What color is the still shape?", "Which shape moves?"]
+QUESTIONS = ["What color is the still shape?", "Which way does the ball move?"]
 
 
 @pytest.fixture(scope="module")

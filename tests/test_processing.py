@@ -631,8 +631,8 @@ def tiny_config(processor) -> dict:
 
 
 def test_unknown_kind_of_video(processor):
-    with pytest.raises(ValueError, match="A video of type dict is not supported"):
-        processor(text="<|video|>", videos=[{"path": "clip.mp4"}])
+    with pytest.raises(ValueError, match="A video of type set is not supported"):
+        processor(text="<|video|>", videos=[{"clip.mp4"}])
 
 
 def test_file_open_as_text(processor, clip):

@@ -240,6 +240,10 @@ def visualize(
     max_vision_tokens: MaxVisionTokens = None,
     method: Method = None,
     compare: Annotated[str | None, typer.Option(help="Another method, drawn below the first.")] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help="Say how it is answered with all tokens, and with what is drawn: several ratios, or yours."),
+    ] = None,
     num_frames: NumFrames = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -248,6 +252,8 @@ def visualize(
     Draw what is kept of a video: dropped blocks dimmed, the scores as colours below.
 
         stts-molmo visualize clip.mp4 -o kept.png --compare cosine
+
+        stts-molmo visualize clip.mp4 -o why.png --question "Which way does the ball move?"
     """
     with readable_errors():
         is_picture = output.suffix.lower() == ".png"
@@ -261,6 +267,7 @@ def visualize(
             from .checkpoint import TRAIN_OR_COSINE, Checkpoint
             from .visualization import save_mp4, save_png
             from .visualization import visualize as draw
+            from .why import RATIOS, see_why
 
         checkpoint = Checkpoint(model, device, dtype)
         pruning = checkpoint.config.stts_config.pruning(prune_ratio, method, max_vision_tokens)
@@ -268,16 +275,17 @@ def visualize(
         if "scorer" in methods and checkpoint.model.has_untrained_scorer():
             typer.echo(f"The token scorer of {model} is not trained: its choice is random. {TRAIN_OR_COSINE}", err=True)
         columns = 8 if is_picture else 1
-        images = draw(
-            checkpoint.model,
-            checkpoint.processor,
-            video,
-            methods,
-            prune_ratio,
-            num_frames,
-            columns,
-            max_vision_tokens=max_vision_tokens,
-        )
+        if question is None:
+            loaded = checkpoint.model, checkpoint.processor
+            images = draw(*loaded, video, methods, prune_ratio, num_frames, columns, max_vision_tokens)
+        else:
+            given = {"prune_ratio": prune_ratio, "max_vision_tokens": max_vision_tokens}
+            limits = RATIOS if prune_ratio is max_vision_tokens is None else [given]
+            prunings = [{**limit, "method": name} for name in methods for limit in limits]
+            options = {"num_frames": num_frames, "columns": columns, "allow_untrained": True}
+            seen = see_why(checkpoint, video, question, prunings, **options)
+            typer.echo(seen)
+            images = seen.images
         (save_png if is_picture else save_mp4)(images, output)
     typer.echo(f"Wrote {output}.")
 

@@ -9,12 +9,13 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from transformers import BatchFeature
 
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..outputs_stts_molmo import STTSMolmoVideoFeatures
 from ..processing_stts_molmo import STTSMolmoProcessor
 from .files import written_whole
-from .video import encode_video, explained_out_of_memory, make_video_inputs, read_clip
+from .video import Clip, encode_video, explained_out_of_memory, make_video_inputs, read_clip
 
 TILE = 162  # pixels of a drawn frame's side
 GAP = 6
@@ -52,12 +53,30 @@ def visualize(
     """
     clip = read_clip(processor, video, num_frames=num_frames)
     inputs = make_video_inputs(processor, clip, model.device)
-    grid = tuple(inputs["video_grids"][0, 1:].tolist())
-    patches = inputs["pixel_values_videos"].cpu()
-    frames = unpatchify(patches, model.config.vision_config.patch_size, processor.video_processor)
     with explained_out_of_memory(clip, model.device):
         pruning = {"prune_ratio": prune_ratio, "max_vision_tokens": max_vision_tokens}
         features = {name: encode_video(model, inputs, method=name, **pruning) for name in methods}
+    return draw_clip(processor, clip, inputs, features, columns)
+
+
+def draw_clip(
+    processor: STTSMolmoProcessor,
+    clip: Clip,
+    inputs: BatchFeature,
+    features: dict[str, STTSMolmoVideoFeatures],
+    columns: int = 8,
+) -> list[Image.Image]:
+    """
+    Draw what was kept of a clip, one image for each row of frames.
+
+    Args:
+        inputs: those of the clip's pixels.
+        features: what was made of them, by the names that stand above, in order.
+        columns: most frames in a row; each image holds one row of each of `features`.
+    """
+    grid = tuple(inputs["video_grids"][0, 1:].tolist())
+    patches, patch_size = inputs["pixel_values_videos"].cpu(), processor.video_processor.patch_size
+    frames = unpatchify(patches, patch_size, processor.video_processor)
     drawn = {name: draw_frames(frames, kept, grid) for name, kept in features.items()}
     columns = math.ceil(len(frames) / math.ceil(len(frames) / columns))  # as few white tiles as the rows allow
     times = [f"{time:.1f} s" for time in clip.metadata.timestamps]
