@@ -110,8 +110,8 @@ class Reference:
     def prompt(self, ask: Ask) -> str:
         return self.processor.apply_chat_template(ask.chat, add_generation_prompt=True)
 
-    def __call__(self, ask: Ask, causal: bool = False) -> Answer:
-        """With `causal`, as if vision tokens did not see those behind them."""
+    def __call__(self, ask: Ask, causal: bool = False, can_end: bool = False) -> Answer:
+        """With `causal`, as if vision tokens did not see those behind them; with `can_end`, up to `NEW_TOKENS`."""
         inputs = self.processor.apply_chat_template(
             ask.chat,
             add_generation_prompt=True,
@@ -123,7 +123,8 @@ class Reference:
         if causal:
             inputs["mm_token_type_ids"].zero_()
         options = {name: value for name, value in ask.options.items() if name != "num_frames"}
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        least = 0 if can_end else NEW_TOKENS
+        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": least, "do_sample": False}
         output = self.model.generate(
             **inputs, **options, **lengths, return_dict_in_generate=True, output_logits=True, output_hidden_states=True
         )
