@@ -82,15 +82,15 @@ def sample_frame_times(
         `np.ndarray`: float64 `(num_samples,)`, ascending seconds, the last one equal to `duration`.
 
     Raises:
-        ValueError: neither `num_frames` nor `fps` is given, one of them is not positive, or `fps` alone asks for more
-            than `MAX_SAMPLES`.
+        ValueError: neither `num_frames` nor `fps` is given, one of them is not positive, or more than `MAX_SAMPLES` are
+            asked for.
 
     Example: `sample_frame_times(1.2) -> [0.0, 0.5, 1.0, 1.2]`, `sample_frame_times(90, num_frames=3) -> [0, 45, 90]`.
     """
     if num_frames is None and fps is None:
         raise ValueError("Cannot sample frames without `num_frames` and `fps`; pass one of them.")
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames={num_frames} must be at least 1.")
+    if num_frames is not None and not 1 <= num_frames <= MAX_SAMPLES:
+        raise ValueError(f"num_frames={num_frames} must be at least 1 and at most {MAX_SAMPLES}.")
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps={fps} must be more than 0, and finite.")
     if fps is not None:

@@ -17,6 +17,7 @@ from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
 from stts_molmo.tools.operations import grid_sizes
 
 from .common import ROOT, markdown_table
+from .load.tables import all_tables as load_tables
 from .quality.plot import draw_ratios
 from .quality.scenes import FIRST_SEED
 from .quality.tables import PAPER, Study, accuracy_summary
@@ -31,6 +32,10 @@ TEMPLATE = Path(__file__).with_name("measurements.md.jinja")
 
 def is_speed(result: dict) -> bool:
     return "records" in result
+
+
+def is_load(result: dict) -> bool:
+    return "cells" in result
 
 
 def source(results: dict[str, dict], name: str, seeds: Sequence[int] | None = None) -> str:
@@ -66,6 +71,7 @@ def page(results: dict[str, dict], study: Study) -> str:
         records=records,
         source=lambda *args: source(results, *args),
         speed={name: speed_tables(result["records"]) for name, result in results.items() if is_speed(result)},
+        load={name: load_tables(result["cells"]) for name, result in results.items() if is_load(result)},
         study=study,
         quality=quality_tables(study, results["quality_kept"]["shares"]),
         paper=PAPER,

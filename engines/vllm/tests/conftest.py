@@ -12,7 +12,7 @@ os.environ |= {
 }
 
 import pytest
-from helpers import MAX_TOKENS, NEW_TOKENS, TINY, Answer, Ask, Reference, make_clips, widen_heads
+from helpers import BLOCK_SIZE, MAX_TOKENS, NEW_TOKENS, TINY, Answer, Ask, Reference, make_clips, widen_heads
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ class Engine:
             enable_chunked_prefill=False,
             max_model_len=MAX_TOKENS,
             max_num_batched_tokens=4 * MAX_TOKENS,
-            block_size=32,
+            block_size=BLOCK_SIZE,
             **options,
         )
 

@@ -56,6 +56,8 @@ def widen_heads(source: Path, target: Path, head_dim: int = HEAD_DIM) -> Path:
 QUESTIONS = ("What color is the still shape?", "Where does the ball end?", "What color is the lamp at the end?")
 NEW_TOKENS = 8
 MAX_TOKENS = 1024  # of a prompt and its answer
+BLOCK_SIZE = 32  # of the KV cache; a video's prompt has several blocks
+LOGPROB_TOLERANCE = 2e-4  # in float32; some of the tokens have a probability of one in thousands
 
 
 class Ask(NamedTuple):
@@ -110,10 +112,15 @@ class Reference:
     def prompt(self, ask: Ask) -> str:
         return self.processor.apply_chat_template(ask.chat, add_generation_prompt=True)
 
-    def __call__(self, ask: Ask, causal: bool = False) -> Answer:
-        """With `causal`, as if vision tokens did not see those behind them."""
+    def __call__(self, ask: Ask, chat=None, causal: bool = False, can_end: bool = False) -> Answer:
+        """
+        Args:
+            chat: in place of the request's own.
+            causal: as if vision tokens did not see those behind them.
+            can_end: up to `NEW_TOKENS` tokens.
+        """
         inputs = self.processor.apply_chat_template(
-            ask.chat,
+            chat or ask.chat,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -123,7 +130,8 @@ class Reference:
         if causal:
             inputs["mm_token_type_ids"].zero_()
         options = {name: value for name, value in ask.options.items() if name != "num_frames"}
-        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        least = 0 if can_end else NEW_TOKENS
+        lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": least, "do_sample": False}
         output = self.model.generate(
             **inputs, **options, **lengths, return_dict_in_generate=True, output_logits=True, output_hidden_states=True
         )

@@ -1,10 +1,9 @@
 """Greedy answers of the engine are Transformers', token for token, and so are their probabilities."""
 
 import pytest
-from helpers import QUESTIONS, Answer, Ask
+from helpers import LOGPROB_TOLERANCE, QUESTIONS, Answer, Ask
 
 RATIOS = (0.0, 0.3, 0.5)
-LOGPROB_TOLERANCE = 2e-4  # in float32; some of the tokens have a probability of one in thousands
 
 
 def assert_same(answer: Answer, expected: Answer):

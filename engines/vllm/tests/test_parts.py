@@ -44,6 +44,7 @@ def test_the_most_particular_option_counts(sources, expected):
         ({"num_frames": 8}, {"num_frames": 4}, {"num_frames": 4}),
         ({"num_frames": 8, "max_fps": 1}, {"fps": 3}, {"fps": 3, "max_fps": 1}),
         ({"fps": 3}, {"num_frames": 8}, {"num_frames": 8}),
+        ({"num_frames": 8}, {"num_frames": None}, {"num_frames": 8}),
     ],
 )
 def test_a_request_chooses_its_frames(engine, request_, expected):
@@ -65,6 +66,8 @@ def test_scaling_knows_the_ratio():
         ({"max_vision_tokens": 0}, "max_vision_tokens=0 must be"),
         ({"prune_ratio": 0.5, "max_vision_tokens": 99}, "exclude each other"),
         ({"pruning_ratio": 0.5}, "mm_processor_kwargs has 'pruning_ratio'"),
+        ({"num_frames": "many"}, "expected int, got str"),
+        ({"test_time_scaling": "yes"}, "expected bool, got str"),
         ({"size": {"height": 10**6, "width": 10**6}}, "mm_processor_kwargs has 'size'"),
     ],
 )

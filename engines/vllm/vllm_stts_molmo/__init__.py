@@ -9,10 +9,11 @@ def register() -> None:
     import stts_molmo.processing_stts_molmo  # noqa: F401
     from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
     from vllm import ModelRegistry
-    from vllm.multimodal.media import VIDEO_LOADER_REGISTRY
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, VIDEO_LOADER_REGISTRY
 
-    from .video import EncodedVideoLoader
+    from .video import BlamelessMediaConnector, EncodedVideoLoader
 
     VIDEO_PROCESSOR_MAPPING_NAMES["stts_molmo"] = "STTSMolmoVideoProcessor"  # where vLLM looks up who reads the files
     VIDEO_LOADER_REGISTRY.register("stts_molmo", video_processor="STTSMolmoVideoProcessor")(EncodedVideoLoader)
+    MEDIA_CONNECTOR_REGISTRY.register("stts_molmo")(BlamelessMediaConnector)
     ModelRegistry.register_model(ARCHITECTURE, f"vllm_stts_molmo.model:{ARCHITECTURE}")

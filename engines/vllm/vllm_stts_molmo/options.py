@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from stts_molmo.configuration_stts_molmo import Pruning, STTSConfig
 from stts_molmo.generation_stts_molmo import PRUNING_OPTIONS, first_pruning
+from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
 
 # A request's own: frames are chosen by the first two or by the third.
 SAMPLING_OPTIONS = ("num_frames", "max_fps", "fps", "test_time_scaling")
@@ -41,10 +44,16 @@ def find_options(
     sources = ([source.get(name) for name in PRUNING_OPTIONS] for source in (request, engine, generation))
     pruning = stts_config.pruning(**first_pruning(sources))
 
-    sampling = {name: source[name] for source in (engine, request) for name in SAMPLING_OPTIONS if name in source}
+    chosen = {name for name in SAMPLING_OPTIONS if request.get(name) is not None}
+    sampling = {name: engine[name] for name in SAMPLING_OPTIONS if engine.get(name) is not None}
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):
-        if name in request and other not in request:
+        if name in chosen:
             sampling.pop(other, None)
+    sampling |= {name: request[name] for name in chosen}
+    try:
+        validate_typed_dict(STTSMolmoVideoProcessor.valid_kwargs, sampling)
+    except StrictDataclassError as error:
+        raise ValueError(f"mm_processor_kwargs={sampling}: {error}") from error
     scales = sampling.get("test_time_scaling")
     if test_time_scaling if scales is None else scales:
         sampling["prune_ratio"] = pruning.prune_ratio

@@ -1,0 +1,1 @@
+"""An engine under load, seen by its clients."""
