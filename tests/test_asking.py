@@ -96,20 +96,30 @@ class Collector(BaseStreamer):
         pass
 
 
+def assert_as_if_read_anew(watched: WatchedVideo, chat, **pruning) -> str:
+    """The answer, and what the LLM then remembers, are those of one that has read nothing before."""
+    anew = WatchedVideo(watched.checkpoint, CLIP, **pruning)
+    answer = watched.answer(chat, max_new_tokens=6).answer
+    assert answer == anew.answer(chat, max_new_tokens=6).answer
+    assert torch.equal(watched._read, anew._read)
+    for layer, expected in zip(watched._cache.layers, anew._cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.values, expected.values, atol=1e-4, rtol=1e-4)
+    return answer
+
+
 @pytest.mark.parametrize("pruning", PRUNINGS, ids=str)
 def test_many_questions_are_answered_as_each_alone(checkpoint, pruning):
     watched = WatchedVideo(checkpoint, CLIP, **pruning)
-    for question in [*QUESTIONS, QUESTIONS[0]]:
-        alone = answer_question(checkpoint, CLIP, question, max_new_tokens=6, **pruning)
-        assert watched.answer(question, max_new_tokens=6).answer == alone.answer
+    for question in [*QUESTIONS, QUESTIONS[-1], QUESTIONS[0]]:
+        assert_as_if_read_anew(watched, question, **pruning)
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS, ids=str)
 def test_a_chat_goes_on_as_if_it_were_read_anew(checkpoint, pruning):
     watched, chat = WatchedVideo(checkpoint, CLIP, **pruning), [ask_about(QUESTIONS[0])]
     for question in [*QUESTIONS[1:], None]:
-        answer = watched.answer(chat, max_new_tokens=6).answer
-        assert answer == WatchedVideo(checkpoint, CLIP, **pruning).answer(chat, max_new_tokens=6).answer
+        answer = assert_as_if_read_anew(watched, chat, **pruning)
         chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
 
@@ -151,6 +161,7 @@ def test_after_a_beam_search_nothing_is_known(checkpoint, monkeypatch):
     for question in QUESTIONS:
         expected = WatchedVideo(checkpoint, CLIP).answer(question, max_new_tokens=6).answer
         assert watched.answer(question, max_new_tokens=6).answer == expected
+        assert num_read(checkpoint, watched, question) > watched.vision_tokens["after"]
 
 
 def test_seconds_are_counted_once(checkpoint):
