@@ -1,6 +1,7 @@
 """What several test files share: tiny random models and inputs, clips, clean processes, a Hub of one repository."""
 
 import errno
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import ModuleType
 
 import av
 import numpy as np
@@ -462,6 +464,26 @@ class HubHandler(BaseHTTPRequestHandler):
         return self.reply(b"", 404, X_Error_Code=code, X_Repo_Commit=self.commit)
 
     do_HEAD = do_GET
+
+
+def save_plain_molmo2(folder: Path) -> Molmo2ForConditionalGeneration:
+    """A Molmo2 of random weights with as many layers as the defaults of `convert` and of the fine-tuning need."""
+    config = tokenized_config()
+    config["vision_config"]["num_hidden_layers"] = 7
+    config["adapter_config"]["vision_feature_layer"] = [6, 5]
+    model = Molmo2ForConditionalGeneration(Molmo2Config(**config))
+    randomize(model)
+    model.save_pretrained(folder)
+    load_processor().save_pretrained(folder)
+    return model
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of examples/ as a module; saved with a run are its arguments, by the name of their module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_joint_rows(path: Path) -> Path:

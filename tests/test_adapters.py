@@ -3,12 +3,9 @@
 Runs where the extra `lora` is installed (`make test-extras`).
 """
 
-import importlib.util
-import sys
-
 import pytest
 import torch
-from helpers import CLIP, ROOT, TINY, load_processor
+from helpers import CLIP, ROOT, TINY, load_processor, load_script
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.processing_stts_molmo import STTSMolmoProcessor
 from stts_molmo.tools.training import VideoQACollator
@@ -17,14 +14,6 @@ from transformers import TorchAoConfig
 MISSING = "the extra `lora` is not installed; make test-extras runs this"
 PeftModel = pytest.importorskip("peft", reason=MISSING).PeftModel
 adapters = pytest.importorskip("stts_molmo.tools.adapters", reason=MISSING)
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("finetune", ROOT / "examples" / "finetune.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["finetune"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_tiny(**kwargs):
@@ -62,7 +51,7 @@ FLAGS += [
 def test_twenty_steps_saved_loaded_and_merged_give_the_same_answers(tmp_path, batch):
     before = load_tiny().state_dict()
     arguments = [*FLAGS, "--output_dir", str(tmp_path), "--max_steps", "20", "--logging_steps", "1"]
-    trainer = load_script().main([*arguments, "--prune_ratio", "0.4"])
+    trainer = load_script("finetune").main([*arguments, "--prune_ratio", "0.4"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 20 and sum("aux_loss" in entry for entry in trainer.state.log_history) == 20
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -90,7 +79,7 @@ def test_twenty_steps_saved_loaded_and_merged_give_the_same_answers(tmp_path, ba
 def test_four_bits_train(tmp_path):
     pytest.importorskip("bitsandbytes", reason=MISSING)
     arguments = [*FLAGS, "--output_dir", str(tmp_path), "--max_steps", "3", "--logging_steps", "1", "--load_in_4bit"]
-    trainer = load_script().main(arguments)
+    trainer = load_script("finetune").main(arguments)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
     adapters.check_quantized(trainer.model.get_base_model())
@@ -103,7 +92,7 @@ def test_four_bits_train(tmp_path):
 def test_four_bits_without_adapters_are_refused(tmp_path):
     flags = [flag for flag in FLAGS if flag != "--lora"]
     with pytest.raises(ValueError, match="pass --lora with it"):
-        load_script().main([*flags, "--output_dir", str(tmp_path), "--load_in_4bit"])
+        load_script("finetune").main([*flags, "--output_dir", str(tmp_path), "--load_in_4bit"])
 
 
 def test_a_skip_list_that_names_nothing_is_refused():
@@ -122,7 +111,7 @@ def test_a_skip_list_that_names_all_is_refused():
 @pytest.fixture(scope="module")
 def questions():
     """All of examples/finetune.jsonl, and how a model answers them."""
-    rows = load_script().load_chats(str(ROOT / "examples" / "finetune.jsonl"), "train")
+    rows = load_script("finetune").load_chats(str(ROOT / "examples" / "finetune.jsonl"), "train")
     processor = STTSMolmoProcessor.from_pretrained(TINY)
     inputs = processor.apply_chat_template(
         [row["messages"][:-1] for row in rows],

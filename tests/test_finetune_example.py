@@ -1,6 +1,5 @@
 """The fine-tuning script on the bundled clips: it trains, saves, resumes, and runs on two processes."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,11 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLIP, ROOT, load_processor, make_tokenized_model, randomize, tokenized_config, write_joint_rows
+from helpers import (
+    CLIP,
+    ROOT,
+    load_processor,
+    load_script,
+    make_tokenized_model,
+    save_plain_molmo2,
+    write_joint_rows,
+)
 from safetensors.torch import load_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.tools.files import newest_checkpoint
-from transformers import Molmo2Config, Molmo2ForConditionalGeneration, Trainer
+from transformers import Trainer
 
 SCRIPT = ROOT / "examples" / "finetune.py"
 DATASET = ROOT / "examples" / "finetune.jsonl"
@@ -53,15 +60,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["finetune"] = module  # saved with a run are its arguments, by the name of their module
-    spec.loader.exec_module(module)
-    return module
-
-
-finetune = load_script()
+finetune = load_script("finetune")
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +162,7 @@ def test_killed_and_resumed_ends_at_the_same_loss(uninterrupted, checkpoint, tmp
 
 
 def test_starts_from_a_plain_molmo2_checkpoint(tmp_path):
-    config = tokenized_config()
-    config["vision_config"]["num_hidden_layers"] = 7
-    config["adapter_config"]["vision_feature_layer"] = [6, 5]
-    native = Molmo2ForConditionalGeneration(Molmo2Config(**config))
-    randomize(native)
-    native.save_pretrained(tmp_path / "molmo2")
-    load_processor().save_pretrained(tmp_path / "molmo2")
+    native = save_plain_molmo2(tmp_path / "molmo2")
     trainer = finetune.main(arguments(tmp_path / "molmo2", tmp_path / "tuned", steps=1))
 
     tuned = STTSMolmoForConditionalGeneration.from_pretrained(tmp_path / "tuned")

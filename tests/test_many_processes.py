@@ -1,8 +1,6 @@
 """Two processes: sharded weights, a process without a video, tensor parallelism; all as one process has it."""
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -10,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import (
-    ROOT,
     image_inputs,
     load_processor,
+    load_script,
     make_inputs,
     make_model,
     make_tokenized_model,
@@ -146,13 +144,6 @@ def test_blank_media_are_as_the_processor_returns_them():
 # ----------------------------------------------------------------------------------------------------------------------
 # A whole run, sharded
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def fine_tune(rank: int, folder: Path, checkpoint: Path, output: str, *flags: str) -> tuple[list[float], list[float]]:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from helpers import CLIP, TINY, load_processor, make_tokenized_model, run_clean
+from helpers import (
+    CLIP,
+    ROOT,
+    TINY,
+    load_processor,
+    load_script,
+    make_tokenized_model,
+    run_clean,
+    save_plain_molmo2,
+)
 from hub import REPO, writable_hub
 from stts_molmo.tools import publishing
 from stts_molmo.tools.cli import app
@@ -22,11 +31,20 @@ from stts_molmo.tools.publishing import (
 from typer.testing import CliRunner
 
 ASK = f"""
-from transformers import pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 ask = pipeline(model={REPO!r}, trust_remote_code=True)
 question = [{{"type": "video", "path": {CLIP!r}}}, {{"type": "text", "text": "What color is the still shape?"}}]
 answer = ask(text=[{{"role": "user", "content": question}}], max_new_tokens=6, return_full_text=False)
-print(type(ask.model).__name__, answer[0]["generated_text"])
+print(type(ask.model).__name__, repr(answer[0]["generated_text"]))
+
+model = AutoModelForImageTextToText.from_pretrained({REPO!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({REPO!r}, trust_remote_code=True)
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": question}}],
+    tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
+)
+sequence = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+print(type(model).__name__, repr(processor.decode(sequence, skip_special_tokens=True)))
 """
 
 
@@ -71,8 +89,7 @@ def loads(monkeypatch):
     monkeypatch.setattr(publishing, "check_loads", lambda folder: None)
 
 
-def test_a_broken_upload_leaves_the_branch_and_goes_on_later(checkpoint, hub, loads, tmp_path):
-    """Then others load what is there, by the repository's name alone."""
+def test_a_broken_upload_leaves_the_branch_and_goes_on_later(checkpoint, hub, loads):
     weights = sorted(checkpoint.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     assert len(weights) > 1
     main = hub.branches / "main"
@@ -98,7 +115,27 @@ def test_a_broken_upload_leaves_the_branch_and_goes_on_later(checkpoint, hub, lo
 
     publish_checkpoint(checkpoint, REPO, revision="next")
     assert hub.commits[1:] == [("next", names, [])]
-    assert run_clean(ASK, tmp_path, **hub.environment).startswith("STTSMolmoForConditionalGeneration ")
+
+
+def test_from_nothing_to_an_answer_by_name(hub, tmp_path, monkeypatch):
+    """A plain Molmo2 is converted, trained a little and published; others, with nothing of ours, ask it by its name."""
+    save_plain_molmo2(tmp_path / "molmo2")
+    run = CliRunner().invoke
+    assert run(app, ["convert", str(tmp_path / "molmo2"), str(tmp_path / "stts")]).exit_code == 0
+    unfit = run(app, ["publish", str(tmp_path / "stts"), REPO])
+    assert unfit.exit_code == 2 and "was never trained" in unfit.output and not hub.requests
+    finetune = load_script("finetune")
+    flags = ["--model", str(tmp_path / "stts"), "--dataset", str(ROOT / "examples" / "finetune.jsonl"), "--use_cpu"]
+    flags += ["--output_dir", str(tmp_path / "trained"), "--max_steps", "2", "--warmup_steps", "1", "--num_frames", "4"]
+    finetune.main([*flags, "--disable_tqdm", "True"])
+    published = run(app, ["publish", str(tmp_path / "trained"), REPO])
+    assert published.exit_code == 0, published.output
+    ((branch, names, _),) = hub.commits
+    assert branch == "main" and "finetune.jsonl" in (hub.branches / "main" / "README.md").read_text()
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    by_pipeline, by_hand = run_clean(ASK, clean, **hub.environment).splitlines()
+    assert by_pipeline.startswith("STTSMolmoForConditionalGeneration ") and by_hand == by_pipeline
 
 
 def test_one_break_is_no_matter(checkpoint, hub, loads):
