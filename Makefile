@@ -1,8 +1,8 @@
 .PHONY: demo test test-extras test-oldest test-vllm lint mutants lock audit
 
 CLIP ?= examples/clips/quiet.mp4
-EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py tests/test_serving.py
-EXTRA_TESTS += tests/test_corpus_ray.py tests/test_asking_docs.py
+EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py tests/test_serving.py \
+	tests/test_corpus_ray.py tests/test_asking_docs.py tests/test_training_docs.py::test_with_an_extra
 QUESTION ?= What color is the still shape?
 
 demo: .venv/.core
