@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,9 @@ def test_what_does_not_go_together(folder, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "broken.jsonl").write_text("{")
     (tmp_path / "broken.parquet").write_text("{")
+    (tmp_path / "others.jsonl").write_text('{"video": "a.mp4", "question": "What?"}\n')
+    (tmp_path / "answers.jsonl.partial").write_text("{}\n[1]\n{")
+    (tmp_path / "latin.txt").write_bytes("Où?".encode("latin-1"))
     question = QUESTIONS[0]
     wrong = {
         "is a directory; name a table": [folder, question],
@@ -211,12 +215,27 @@ def test_what_does_not_go_together(folder, tmp_path):
         "is a directory": [folder, question, "-o", tmp_path / "folder.jsonl"],
         "There is no directory": [folder, question, "-o", tmp_path / "no/a.jsonl"],
         "There is no video in": [tmp_path / "folder.jsonl", question, "-o", tmp_path / "a.jsonl"],
+        "others.jsonl holds other rows": [folder, question, "-o", tmp_path / "others.jsonl"],
+        "answers.jsonl.partial holds no rows": [folder, question, "-o", tmp_path / "answers.jsonl"],
+        "is no text in UTF-8": [CLIP, "--questions", tmp_path / "latin.txt"],
         "broken.jsonl holds no rows": [folder, question, "-o", tmp_path / "broken.jsonl"],
         "broken.parquet holds no rows": [folder, question, "-o", tmp_path / "broken.parquet"],
     }
     for message, arguments in wrong.items():
         result = run(*arguments)
         assert result.exit_code == 2 and message in result.stderr, result.output
+    assert (tmp_path / "answers.jsonl.partial").read_text() == "{}\n[1]\n{"  # nothing of it was touched
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_a_name_that_is_no_text(checkpoint, tmp_path):
+    for name in (b"caf\xe9.mp4", "café.mp4".encode()):
+        shutil.copy(CLIP, tmp_path / os.fsdecode(name))
+    for suffix in ("jsonl", "parquet"):
+        output = tmp_path / f"answers.{suffix}"
+        rows = answer_corpus(checkpoint, find_videos(tmp_path), QUESTIONS[:1], output, max_new_tokens=3)
+        assert rows == read_rows(output) and [row["error"] for row in rows] == [None, None]
+        assert [row["video"] for row in rows] == [r"caf\xe9.mp4", "café.mp4"]
 
 
 def test_without_pyarrow(folder, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The plan of a training: counted where it can be counted, and what is assumed says so."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -105,3 +107,15 @@ def test_command_line():
     assert CliRunner().invoke(app, ["inspect", str(TINY), "--plan", "abacus"]).exit_code == 2
     with pytest.raises(ValueError, match="choose one of 8xh100, h100, 24gb"):
         plan_checkpoint(str(TINY), "abacus")
+
+
+def test_a_budget_of_the_checkpoint_is_planned_with(tmp_path):
+    shutil.copytree(TINY, tmp_path / "budget")
+    file = tmp_path / "budget" / "config.json"
+    config = json.loads(file.read_text())
+    config["stts_config"]["max_vision_tokens"] = 100
+    file.write_text(json.dumps(config))
+    for frames, kept in (8, 72), (64, 100):
+        line = plan_checkpoint(str(tmp_path / "budget"), "h100", frames)["a video"]
+        assert line.startswith(f"{frames} frames, {kept} of {9 * frames} tokens kept")
+    assert ", 288 of 576" in plan_checkpoint(str(tmp_path / "budget"), "h100", 64, prune_ratio=0.5)["a video"]

@@ -1,6 +1,7 @@
 """The same questions about many videos: a table of answers that grows, whatever ends the process on the way."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ def find_videos(folder: Path) -> dict[str, Path]:
         ValueError: there are none.
     """
     paths = [path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
-    videos = {path.relative_to(folder).as_posix(): path for path in paths}
+    # A name that is no UTF-8 is written with escapes: no table could hold it as it is.
+    videos = {os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace"): path for path in paths}
     videos = {name: videos[name] for name in sorted(videos) if not f"/{name}".count("/.")}
     if not videos:
         raise ValueError(f"There is no video in {folder}; its name would end in {', '.join(sorted(VIDEO_SUFFIXES))}.")
@@ -57,7 +59,11 @@ def read_questions(file: Path) -> list[str]:
         ValueError: it holds no question, or a line is an object without one.
     """
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}); save it as such.") from error
+    for number, line in enumerate(lines, start=1):
         question = line.strip()
         if question.startswith("{"):
             try:
@@ -128,8 +134,10 @@ def grow_table(
         OSError, ValueError: `output` cannot be written or read, or was made with other options.
     """
     require_table(output)
-    journal = Journal(output.with_name(f"{output.name}.partial"))
-    rows = {(row["video"], row["question"]): row for row in [*read_rows(output), *journal.rows]}
+    known, journal = read_rows(output), Journal(output.with_name(f"{output.name}.partial"))
+    if not all(row.keys() == COLUMNS.keys() for row in [*known, *journal.rows]):
+        raise ValueError(f"{output} holds other rows than answers; name another file.")
+    rows = {(row["video"], row["question"]): row for row in [*known, *journal.rows]}
     for other in {row["options"] for row in rows.values()} - {settings}:
         raise ValueError(f"{output} holds answers of {other}, not of {settings}; name another file, or remove it.")
     todo = {name: [question for question in questions if (name, question) not in rows] for name in videos}

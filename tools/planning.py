@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..configuration_stts_molmo import STTSMolmoConfig
 from ..pruning_stts_molmo import num_kept_tokens
+from .answer import ratio_of
 from .checkpoint import read_metadata, require_stts
 from .operations import Shape, forward_operations, grid_sizes
 
@@ -167,7 +168,7 @@ def plan_checkpoint(
     checkpoint: str, machine: str, frames: int = FRAMES, prune_ratio: float | None = None
 ) -> dict[str, str]:
     """
-    [`plan`] for a checkpoint on disk or on the Hub, with its own prune ratio where none is given.
+    [`plan`] for a checkpoint on disk or on the Hub, with its own prune ratio or budget where none is given.
 
     Raises:
         OSError: there is no such checkpoint.
@@ -177,4 +178,7 @@ def plan_checkpoint(
         raise ValueError(f"--plan {machine} is unknown; choose one of {', '.join(MACHINES)}.")
     config = require_stts(checkpoint)
     pruning = config.stts_config.pruning(prune_ratio)
-    return plan(config, read_parameters(checkpoint), MACHINES[machine], frames, pruning.prune_ratio)
+    num_tokens = frames * grid_sizes(config)[1]
+    num_kept = num_kept_tokens(frames, grid_sizes(config)[1], pruning.prune_ratio, pruning.max_vision_tokens)
+    ratio = pruning.prune_ratio if pruning.max_vision_tokens is None else ratio_of(num_tokens, num_kept)
+    return plan(config, read_parameters(checkpoint), MACHINES[machine], frames, ratio)

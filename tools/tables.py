@@ -58,23 +58,31 @@ def read_rows(path: Path) -> list[dict]:
     """The rows that [`write_rows`] wrote to a file, none if there is none; a `ValueError` if it holds others."""
     if not path.exists():
         return []
+    if not is_parquet(path):
+        return from_lines(path, path.read_bytes())
     try:
-        if is_parquet(path):
-            return import_pyarrow().parquet.read_table(path).to_pylist()
-        return from_lines(path.read_bytes())
+        return import_pyarrow().parquet.read_table(path).to_pylist()
     except ValueError as error:  # pyarrow's own is one
-        raise ValueError(f"{path} holds no rows that can be read ({error}); remove it or name another file.") from error
+        raise unreadable(path, error) from error
 
 
 def to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def from_lines(data: bytes) -> list[dict]:
-    rows = [json.loads(line) for line in data.splitlines()]
+def from_lines(path: Path, data: bytes) -> list[dict]:
+    """The rows in `data`, read from `path`."""
+    try:
+        rows = [json.loads(line) for line in data.splitlines()]
+    except ValueError as error:
+        raise unreadable(path, error) from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
+        raise unreadable(path, "a line is no JSON object")
     return rows
+
+
+def unreadable(path: Path, reason) -> ValueError:
+    return ValueError(f"{path} holds no rows that can be read ({reason}); remove it or name another file.")
 
 
 class Journal:
@@ -87,9 +95,9 @@ class Journal:
         self.path = path
         data = path.read_bytes() if path.exists() else b""
         whole = data.rfind(b"\n") + 1
+        self.rows = from_lines(path, data[:whole])
         if whole < len(data):
             os.truncate(path, whole)
-        self.rows = from_lines(data[:whole])
 
     def append(self, row: dict) -> None:
         self.rows.append(row)
