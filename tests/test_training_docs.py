@@ -70,6 +70,13 @@ def test_command(block, folder):
     finish(start(block, folder))
 
 
+def test_the_one_command_is_made_of_those_that_are_run():
+    (chain,) = re.findall(r"## All of it in one command\n.*?```bash\n(.*?)```", PAGE, re.DOTALL)
+    run = [block.replace(" --dry-run", "").split() for block in (CONVERT, *COMMANDS)]
+    places = [run.index(command.split()) for command in chain.split("&&")]
+    assert places == sorted(places) and len(places) >= 3
+
+
 @pytest.mark.parametrize(("language", "extra", "block"), OF_EXTRAS, ids=[extra for _, extra, _ in OF_EXTRAS])
 def test_with_an_extra(language, extra, block, folder):
     pytest.importorskip(PACKAGES[extra], reason=f"the extra `{extra}` is not installed; make test-extras runs this")
