@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from stts_molmo.tools.files import written_whole
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,7 +34,7 @@ from .worlds import MIXTURE
 class Stage(NamedTuple):
     """
     Part of the training: until which share of all steps; level of the scenes; frames a clip may have; clips a step (in
-    batch sizes), questions (`None` for all) and captions of each.
+    batch sizes), questions (`None` for all), captions and lessons of each.
     """
 
     until: float
@@ -42,6 +43,7 @@ class Stage(NamedTuple):
     clips: int
     questions: int | None
     captions: int
+    lessons: int = 0
 
 
 CURRICULUM = (
@@ -51,6 +53,7 @@ CURRICULUM = (
     Stage(0.40, level=2, num_frames=(4, 6), clips=1, questions=13, captions=1),
     Stage(1.00, level=2, num_frames=(6, 8, 8, 16), clips=1, questions=None, captions=0),
 )
+MIXED = CURRICULUM[-1]._replace(lessons=3)  # the only stage on the mixture of worlds
 ADAPTER_GROWTH = 4  # of the norm of the adapter's last matrix, which starts out small
 
 
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str] | None = None):
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     processor = build_processor()
     model = load_plain(args.checkpoint) if args.checkpoint else build_model(processor.tokenizer, args.seed)
-    worlds, curriculum = (MIXTURE, CURRICULUM[-1:]) if args.checkpoint else (("still",), CURRICULUM)
+    worlds, curriculum = (MIXTURE, (MIXED,)) if args.checkpoint else (("still",), CURRICULUM)
     optimizers = build_optimizers(model, args.learning_rate, 1 if args.checkpoint else ADAPTER_GROWTH)
 
     def batch_at(step: int) -> dict:
@@ -119,11 +122,11 @@ def main(arguments: Sequence[str] | None = None):
         size = args.batch_size * stage.clips // processes
         first_seed = FIRST_SEED["train"] * (args.seed + 1) + step * args.batch_size * CURRICULUM[0].clips + rank * size
         frames = stage.num_frames[step % len(stage.num_frames)]
-        asked = (stage.questions, stage.captions)
+        asked = (stage.questions, stage.captions, stage.lessons)
         return sample_batch(processor, first_seed, size, stage.level, frames, *asked, worlds)[0]
 
     with torch_threads(args.threads):
-        fit(
+        best = fit(
             model,
             processor,
             optimizers,
@@ -132,6 +135,10 @@ def main(arguments: Sequence[str] | None = None):
             args.output,
             args.steps,
         )
+    if rank == 0:
+        facts = {"steps": args.steps, "batch_size": args.batch_size, "seed": args.seed, "held_out": round(best, 4)}
+        with written_whole(args.output / "best" / "training.json") as draft:
+            draft.write_text(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 from stts_molmo.tools.files import written_whole
 
-from .scenes import CELL, COUNTS, FRAME, Question, Scene, enlarge, make_scene, questions, render, things_at, write_mp4
+from .scenes import (
+    CELL,
+    COUNTS,
+    FRAME,
+    Question,
+    Scene,
+    enlarge,
+    make_scene,
+    questions,
+    render,
+    things_at,
+    write_mp4,
+)
 
 HALF = CELL // 2  # a dot is somewhere on a grid of half cells, 6 x 6
 DOT = slice(1, 5)  # of the 6 px of a half cell
@@ -114,17 +126,39 @@ def film_questions(film: Film) -> list[Question]:
     """Every question of the scene, and in a world those of `QUESTIONS`."""
     if film.world is None:
         return questions(film.scene)
-    dot = film.dots[np.random.default_rng([film.scene.seed, 2]).integers(len(film.dots))]
-    first, second = (f"{moment:.1f}" for moment in film.moments)
-    moment = f"{dot.moment:.1f}"
     return [
         *questions(film.scene),
-        Question("dot point", QUESTIONS["dot point"].format(moment), f"{dot.x} {dot.y} {moment}"),
+        _where(_asked_dot(film)),
         Question("dot count", QUESTIONS["dot count"], COUNTS[len(film.dots) - 1]),
-        Question(
-            "what happens", QUESTIONS["what happens"].format(first, second), what_happens(film.scene, *film.moments)
-        ),
+        _between(film, *film.moments),
     ]
+
+
+def _asked_dot(film: Film) -> Dot:
+    return film.dots[np.random.default_rng([film.scene.seed, 2]).integers(len(film.dots))]
+
+
+def _where(dot: Dot) -> Question:
+    moment = f"{dot.moment:.1f}"
+    return Question("dot point", QUESTIONS["dot point"].format(moment), f"{dot.x} {dot.y} {moment}")
+
+
+def _between(film: Film, first: float, second: float) -> Question:
+    question = QUESTIONS["what happens"].format(f"{first:.1f}", f"{second:.1f}")
+    return Question("what happens", question, what_happens(film.scene, first, second))
+
+
+def lessons(film: Film, times: np.ndarray, number: int, rng: np.random.Generator) -> list[Question]:
+    """
+    What else a model is shown of a film in a world to learn the words: where its other dots are, and what happens
+    between `number` pairs of other moments.
+    """
+    if film.world is None or not number:
+        return []
+    dots = [dot for dot in film.dots if dot != _asked_dot(film)]
+    pairs = [(first, second) for second in times.tolist() for first in times.tolist() if first < second]
+    pairs = [pair for pair in rng.permutation(pairs).tolist()[:number] if tuple(pair) != film.moments]
+    return [*map(_where, dots), *(_between(film, *pair) for pair in pairs)]
 
 
 def shoot(film: Film, times: np.ndarray) -> np.ndarray:
@@ -150,14 +184,19 @@ def shoot(film: Film, times: np.ndarray) -> np.ndarray:
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
-def film_file(folder: Path, seed: int, world: str, beats: int, fps: int = 10) -> Path:
+def write_clip(path: str, film: Film, fps: int = 10, enlargement: int = 6, **compression) -> None:
+    """The whole film as a video file whose last frame starts on the last beat."""
+    num_beats = round(film.scene.duration / film.scene.beat)
+    times = np.arange((num_beats - 1) * film.scene.beat * fps + 1) / fps
+    write_mp4(path, enlarge(shoot(film, times), enlargement), fps, **compression)
+
+
+def film_file(folder: Path, seed: int, world: str, beats: int) -> Path:
     """The mp4 file of a film in half-second beats, hard on its compression; written unless it is in `folder`."""
     path = folder / f"{world}-{seed}-{beats}.mp4"
     if not path.exists():
-        film = make_film(seed, world, beats=beats)
-        times = np.arange((beats - 1) * film.scene.beat * fps + 1) / fps
         with written_whole(path) as draft:
-            write_mp4(str(draft), enlarge(shoot(film, times), 6), fps, crf=30, preset="veryfast")
+            write_clip(str(draft), make_film(seed, world, beats=beats), crf=30, preset="veryfast")
     return path
 
 
