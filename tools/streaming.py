@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
+from ..video_stts_molmo import EncodedVideo
 from .answer import Answer, WatchedVideo
 from .checkpoint import TRAIN_OR_COSINE, Checkpoint
 from .video import Clip, read_clip
@@ -26,6 +28,7 @@ class Limits:
 
     max_bytes: int = 64 * 2**20  # of a video, encoded, wherever it comes from
     max_video_seconds: float = 3600
+    max_frame_size: int = 4096  # pixels that a frame may be wide or high, before it is resized
     max_frames: int = 128  # sampled of a video
     max_characters: int = 20_000  # of text in a chat
     max_new_tokens: int = 1024
@@ -102,6 +105,7 @@ class Answerer:
         video_processor.max_download_bytes = limits.max_bytes
         video_processor.download_seconds = limits.max_seconds
         video_processor.max_video_seconds = limits.max_video_seconds
+        video_processor.max_frame_size = limits.max_frame_size
         self.readers = ThreadPoolExecutor(NUM_READERS, "reader")
         self.model_thread = ThreadPoolExecutor(1, "model")
 
@@ -121,6 +125,15 @@ class Answerer:
             raise ValueError(f"The token scorer is not trained: it would drop tokens at random. {TRAIN_OR_COSINE}")
         return pruning
 
+    def read(self, video, num_frames: int | None) -> Clip:
+        """The frames of a video, within the limits."""
+        processor = self.checkpoint.processor
+        num_frames = min(num_frames or processor.video_processor.num_frames, self.limits.max_frames)
+        if not isinstance(video, Path):
+            return read_clip(processor, video, num_frames=num_frames)
+        with video.open("rb") as file:  # here, where it is read to the end, whoever leaves
+            return read_clip(processor, EncodedVideo(file, video.name), num_frames=num_frames)
+
     async def answer(
         self, video, messages: list[dict], pruning: dict, num_frames: int | None = None, **generation
     ) -> AsyncIterator[WatchedVideo | str | Finished]:
@@ -128,7 +141,7 @@ class Answerer:
         Answer the last question of a chat. To stop early, close the iterator.
 
         Args:
-            video: a link, bytes or an open file.
+            video: a link, bytes or the `Path` of a file that may be read; or the `clip` of a [`WatchedVideo`].
             messages: one of them has the part `{"type": "video"}`.
             pruning: what [`check_pruning`] gave.
             num_frames: most frames to sample, within the limits; the checkpoint's own when not given.
@@ -144,12 +157,11 @@ class Answerer:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limits.max_seconds
-        num_frames = min(num_frames or self.checkpoint.processor.video_processor.num_frames, self.limits.max_frames)
-        read = partial(read_clip, self.checkpoint.processor, video, num_frames=num_frames)
-        async with asyncio.timeout_at(deadline):
-            clip = await loop.run_in_executor(self.readers, read)
-        del video, read
-
+        clip = video
+        if not isinstance(video, Clip):
+            async with asyncio.timeout_at(deadline):
+                clip = await loop.run_in_executor(self.readers, partial(self.read, video, num_frames))
+            del video  # what is read is smaller
         events, is_unwanted = asyncio.Queue(), threading.Event()
 
         def emit(event) -> None:
