@@ -17,7 +17,7 @@ from typing import NamedTuple
 from accelerate import PartialState
 
 from ..configuration_stts_molmo import Pruning
-from .answer import Answer, WatchedVideo, require_trained
+from .answer import Answer, WatchedVideo, require_usable
 from .checkpoint import Checkpoint, find_device
 from .console import progress_bar, stderr, timed
 from .corpus import attempt
@@ -243,7 +243,12 @@ def describe_answer(row: Row, answer: Answer, seconds: dict[str, float]) -> dict
 
 
 def join_processes(device: str) -> str:
-    """Meet the processes that were started with this one, if any; the device of this one where `auto` is asked for."""
+    """
+    Meet the processes that `torchrun` or `accelerate launch` started with this one, if any.
+
+    Returns:
+        The device of this one where `device` is `auto`, else `device`.
+    """
     state = PartialState(cpu=find_device(device).type == "cpu", timeout=TIMEOUT)
     stderr.quiet = not state.is_main_process  # which shows how far it is
     return str(state.device) if device == "auto" and state.num_processes > 1 else device
@@ -261,8 +266,8 @@ def evaluate(
     """
     Ask every question of a file at every setting, and write `output`.
 
-    Videos are shared out to the processes that `torchrun` or `accelerate launch` started. What is known of each is
-    written into the folder `output`.partial: a run that was killed goes on there, also on another number of processes.
+    Videos are shared out to the processes that met in [`join_processes`]. What is known of each is written into the
+    folder `output`.partial: a run that was killed goes on there, also on another number of processes.
 
     Args:
         file: see [`read_rows`].
@@ -274,12 +279,12 @@ def evaluate(
         What was written, on the first process; `None` on others.
 
     Raises:
-        OSError, ValueError: see [`read_rows`]; or the scorer is not trained, or no row at all could be answered.
+        OSError, ValueError: see [`read_rows`]; or checkpoint or a setting is not usable, or no row could be answered.
     """
     state, output, rows = PartialState(), Path(output), read_rows(file)
-    if not allow_untrained:
-        for setting in settings:
-            require_trained(checkpoint, setting.pruning)
+    for setting in settings:
+        require_usable(checkpoint, allow_untrained=allow_untrained, **setting.options())
+    dtype = str(checkpoint.model.dtype)  # loaded here: what is wrong with it is wrong with no row
     numbers: dict[str, list[int]] = {}  # of the rows about each video
     for number, row in enumerate(rows):
         numbers.setdefault(row.video, []).append(number)
@@ -308,6 +313,7 @@ def evaluate(
     by_setting = list(zip(*records, strict=True))
     result = {
         "checkpoint": checkpoint.path,
+        "dtype": dtype,
         "file": Path(file).name,
         "rows": [summarize(setting, own, by_setting[0]) for setting, own in zip(settings, by_setting, strict=True)],
         "intervals": "accuracy_95 is Wilson's; difference is to the first row, question by question, and "
