@@ -3,6 +3,7 @@
 CLIP ?= examples/clips/quiet.mp4
 EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py tests/test_serving.py \
 	tests/test_corpus_ray.py tests/test_asking_docs.py tests/test_training_docs.py::test_with_an_extra
+EVAL_TESTS := tests/test_lmms.py
 QUESTION ?= What color is the still shape?
 
 demo: .venv/.core
@@ -12,9 +13,10 @@ test: .venv/.test
 	.venv/bin/python -m pytest
 
 # What only some want, each in tests of its own, which `make test` skips where they are not installed.
-test-extras: .venv-extras/.test .venv-demo/.test
+test-extras: .venv-extras/.test .venv-demo/.test .venv-eval/.test
 	.venv-extras/bin/python -m pytest $(EXTRA_TESTS)
 	.venv-demo/bin/python -m pytest tests/test_demo.py
+	.venv-eval/bin/python -m pytest $(EVAL_TESTS)
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest
@@ -33,11 +35,13 @@ mutants: .venv/.test
 	.venv/bin/python -m benchmarks.mutants
 
 # The releases that the suite ran with last, those of the extras too.
-lock: .venv-extras/.test .venv-demo/.test
+lock: .venv-extras/.test .venv-demo/.test .venv-eval/.test
 	echo "# Written by \`make lock\`: what the suite ran with on Linux." > constraints.txt
 	.venv-extras/bin/pip freeze --all --exclude pip --exclude-editable >> constraints.txt
-	echo "# Written by \`make lock\`: what tests/test_demo.py ran with on Linux." > constraints-demo.txt
+	echo "# Written by \`make lock\`: what the tests of the extra \`demo\` ran with on Linux." > constraints-demo.txt
 	.venv-demo/bin/pip freeze --all --exclude pip --exclude-editable >> constraints-demo.txt
+	echo "# Written by \`make lock\`: what the tests of the extra \`eval\` ran with on Linux." > constraints-eval.txt
+	.venv-eval/bin/pip freeze --all --exclude pip --exclude-editable >> constraints-eval.txt
 
 # Known vulnerabilities of these releases; asks a service on the network.
 audit:
@@ -73,7 +77,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # Gradio wants an older Pillow than the rest runs with.
 .venv-demo/.test: setup.py pyproject.toml
 	python3 -m venv .venv-demo
-	.venv-demo/bin/pip install --no-compile $(CONSTRAINTS:%.txt=--constraint %-demo.txt) --editable ".[demo,test-demo]"
+	.venv-demo/bin/$(subst constraints.txt,constraints-demo.txt,$(INSTALL)) ".[demo,test-demo]"
+	touch $@
+
+# lmms-eval wants an older PyAV than all others, and brings much.
+.venv-eval/.test: setup.py pyproject.toml
+	python3 -m venv .venv-eval
+	.venv-eval/bin/$(subst constraints.txt,constraints-eval.txt,$(INSTALL)) ".[train,eval]" pytest
 	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.

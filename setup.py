@@ -19,6 +19,7 @@ RAY = [
     "ray[data]>=2.50,<3",
 ]
 TRL = ["trl>=1.5,<2"]
+EVAL = ["lmms-eval[video-legacy]>=0.7.3,<1"]  # with decord, which its LongVideoBench imports
 SERVE = [
     "openai>=2,<4",  # the client, with which docs/serving.md asks
     "starlette>=0.46,<2",
@@ -52,9 +53,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # The modules stay flat at the root, as a Hub repository needs them; installed, they are `stts_molmo.*`.
-    packages=["stts_molmo", "stts_molmo.tools", "stts_kernels"],
+    packages=["stts_molmo", "stts_molmo.tools", "stts_molmo.tools.lmms", "stts_kernels"],
     package_dir={"stts_molmo": ".", "stts_kernels": "stts_kernels"},
-    package_data={"stts_molmo": ["py.typed", "checkpoints/stts-molmo-tiny/*", "tools/entry/__main__.py"]},
+    package_data={
+        "stts_molmo": ["py.typed", "checkpoints/stts-molmo-tiny/*", "tools/entry/__main__.py"],
+        "stts_molmo.tools.lmms": ["tasks/*"],
+    },
     install_requires=[
         "accelerate>=1.10.1,<2",
         "av>=15,<19",
@@ -80,8 +84,12 @@ setup(
         "serve": SERVE,
         "ray": RAY,
         "demo": DEMO,
+        "eval": EVAL,
         "test": TEST,
         "test-demo": TEST_DEMO,
     },
-    entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:run"]},
+    entry_points={
+        "console_scripts": ["stts-molmo = stts_molmo.tools.cli:run"],
+        "lmms_eval.models": ["stts_molmo = stts_molmo.tools.lmms:manifest"],
+    },
 )

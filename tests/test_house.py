@@ -37,9 +37,18 @@ DOORS = {
 }
 # What is imported where it is there, and done without where it is not.
 OPTIONAL = {"torchao", "torchcodec", "triton"}
-# What an extra's own file in tools/ imports.
-IN_EXTRAS = {"adapters.py": "lora", "demo.py": "demo", "serving.py": "serve", "tables.py": "parquet", "trl.py": "trl"}
+# What an extra's own file or folder in tools/ imports.
+IN_EXTRAS = {
+    "adapters.py": "lora",
+    "demo.py": "demo",
+    "evaluation.py": "train",
+    "lmms": "eval",
+    "serving.py": "serve",
+    "tables.py": "parquet",
+    "trl.py": "trl",
+}
 EXTRAS = {"benchmarks": ["test"], "examples": ["train", "ray"], "tests": ["test"]}
+TESTED_APART = {"test_lmms.py": "eval"}  # in an environment of its own
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -170,12 +179,19 @@ def names(requirements: list[Requirement]) -> set[str]:
 
 
 def test_what_is_imported_is_declared(declared):
-    assert third_party_packages([p for p in PACKAGE_FILES if p.name not in IN_EXTRAS]) <= names(declared["install"])
-    for file, extra in IN_EXTRAS.items():
-        assert third_party_packages([ROOT / "tools" / file]) <= names(declared["install"] + declared[extra]), file
+    of_extras = {name: [p for p in PACKAGE_FILES if p.is_relative_to(ROOT / "tools" / name)] for name in IN_EXTRAS}
+    of_all = [path for path in PACKAGE_FILES if path not in sum(of_extras.values(), [])]
+    assert third_party_packages(of_all) <= names(declared["install"])
+    for name, paths in of_extras.items():
+        allowed = names(declared["install"] + declared[IN_EXTRAS[name]])
+        assert paths and third_party_packages(paths) <= allowed, name
     for folder, extras in EXTRAS.items():
+        paths = [path for path in python_files(folder) if path.name not in TESTED_APART]
         known = names(sum((declared[extra] for extra in extras), declared["install"]))
-        assert third_party_packages(python_files(folder)) <= known, folder
+        assert third_party_packages(paths) <= known, folder
+    for name, extra in TESTED_APART.items():
+        allowed = names(declared["install"] + declared["test"] + declared[extra])
+        assert third_party_packages([ROOT / "tests" / name, ROOT / "tests" / "helpers.py"]) <= allowed, name
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda folder: folder.name)
@@ -199,10 +215,11 @@ def test_each_requirement_has_the_lower_bound_that_test_oldest_runs(declared):
 
 def test_each_requirement_ends_with_what_the_suite_ran_with(declared):
     """The constraints hold a version of each, and no requirement claims a major release after that."""
-    locks = [ROOT / name for name in ("constraints-demo.txt", "constraints.txt")]  # the second for what both have
-    lines = [line for lock in locks for line in lock.read_text().splitlines() if not line.startswith("#")]
-    ran_with = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
-    for requirements in declared.values():
+    for extra, requirements in declared.items():
+        own = ROOT / f"constraints-{extra.removeprefix('test-')}.txt"  # where an extra has an environment of its own
+        lock = own if own.exists() else ROOT / "constraints.txt"
+        lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+        ran_with = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
         for requirement in requirements:
             version = ran_with[canonicalize_name(requirement.name)]
             assert version in requirement.specifier, requirement

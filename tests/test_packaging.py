@@ -31,7 +31,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_modules_and_checkpoint_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"), ROOT / "py.typed"]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("tools/**/*.yaml"), ROOT / "py.typed"]
     modules = {f"stts_molmo/{path.relative_to(ROOT).as_posix()}" for path in files} - {"stts_molmo/setup.py"}
     kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "stts_kernels").glob("*.py")}
     checkpoint = {f"stts_molmo/{CHECKPOINT}/{path.name}" for path in (ROOT / CHECKPOINT).iterdir()}

@@ -161,6 +161,10 @@ class WatchedVideo:
             seconds={name: round(value, 3) for name, value in seconds.items()},
         )
 
+    def forget(self) -> None:
+        """Let the next answer depend on none before it, not even by rounding: the LLM reads the video anew."""
+        self._read = self._cache = None
+
     @property
     def prune_ratio(self) -> float:
         """The ratio that pruned, or that drops as many tokens as the budget did."""

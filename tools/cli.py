@@ -1,4 +1,4 @@
-"""Command line of stts-molmo: ask a question about a video, convert a checkpoint, publish and look into one."""
+"""Command line of stts-molmo: ask about videos, evaluate, convert a checkpoint, publish and look into one."""
 
 import dataclasses
 import importlib.metadata
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import DownloadColumn, Progress, TextColumn
 
-from .console import hide_progress_off_terminal, spinner, stderr
+from .console import format_table, hide_progress_off_terminal, spinner, stderr
 
 # torch and transformers are imported where they are used: `--help` answers at once.
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "stts-molmo-tiny"
@@ -290,6 +290,118 @@ def visualize(
             typer.echo(seen)
             images = seen.images
         (save_png if is_picture else save_mp4)(images, output)
+    typer.echo(f"Wrote {output}.")
+
+
+# What `eval` and `benchmark` share.
+Evaluated = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory or Hub id of an STTS checkpoint.")]
+PruneRatios = Annotated[
+    list[float] | None, typer.Option("--prune-ratio", help="Share to drop, in [0, 1); give it several times.")
+]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="As in `ask`; give it several times.")]
+Budgets = Annotated[
+    list[int] | None,
+    typer.Option("--max-vision-tokens", min=1, help="Most tokens of a video, beside ratios; give it several times."),
+]
+FrameCounts = Annotated[
+    list[int] | None, typer.Option("--num-frames", min=1, help="Most frames to sample; give it several times.")
+]
+
+
+def check_output(output: Path) -> None:
+    if not output.parent.is_dir() or output.is_dir():
+        raise ValueError(f"--output {output} must be a file in a directory that is there; make it first.")
+
+
+@app.command("eval")
+def evaluate_rows(
+    checkpoint: Evaluated,
+    rows: Annotated[
+        Path,
+        typer.Argument(metavar="ROWS", help="JSON Lines, JSON, CSV or Parquet: video, question, answer, options."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")] = Path("evaluation.json"),
+    prune_ratio: PruneRatios = None,
+    method: Methods = None,
+    max_vision_tokens: Budgets = None,
+    num_frames: FrameCounts = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Let a scorer choose that was never trained.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """
+    Ask the questions of a file at every ratio or budget, with every method and number of frames; count right answers.
+
+    Prints a table and writes it to --output with every answer; a run that was killed goes on where it stopped. On many
+    GPUs: `accelerate launch --num_processes 8 -m stts_molmo eval ...`. How answers are read, and what the intervals
+    are: docs/evaluation.md.
+
+        stts-molmo eval molmo2-4b-stts questions.jsonl --prune-ratio 0 --prune-ratio 0.5 --method scorer --method random
+    """
+    with readable_errors():
+        check_output(output)
+        with libraries():
+            from .checkpoint import Checkpoint
+            from .evaluation import describe_row, evaluate, join_processes, plan_settings
+
+        loaded = Checkpoint(checkpoint, join_processes(device), dtype)
+        settings = plan_settings(loaded, num_frames, prune_ratio, method, max_vision_tokens)
+        result = evaluate(
+            loaded, rows, settings, output, max_new_tokens=max_new_tokens, allow_untrained=allow_untrained
+        )
+    if result is None:
+        return  # the first process tells
+    typer.echo(format_table([describe_row(row) for row in result["rows"]]))
+    typer.echo("\nSeconds a question, in the same order:")
+    typer.echo(format_table([{name: f"{value:.3f}" for name, value in row.items()} for row in result["seconds"]]))
+    if failed := max(row["failed"] for row in result["rows"]):
+        typer.echo(f"{failed} of {len(result['answers'])} questions failed; {output} says why.", err=True)
+    typer.echo(f"Wrote {output}.")
+
+
+@app.command()
+def benchmark(
+    checkpoint: Evaluated,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")] = Path("benchmarks.json"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="A benchmark, as MLVU; give it several times.", show_default="all 13")
+    ] = None,
+    prune_ratio: PruneRatios = None,
+    method: Methods = None,
+    max_vision_tokens: Budgets = None,
+    num_frames: FrameCounts = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, to try it out.")] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Let a scorer choose that was never trained.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """
+    Score a checkpoint in the paper's 13 benchmarks with lmms-eval, and print the paper's Table 1 with its row.
+
+    Needs `pip install 'stts-molmo[eval]'`. The data sets are downloaded, hundreds of GB together. A run that was killed
+    goes on after the last benchmark that it finished.
+
+        stts-molmo benchmark molmo2-4b-stts --prune-ratio 0 --prune-ratio 0.5
+    """
+    with readable_errors():
+        check_output(output)
+        with libraries():
+            from .checkpoint import Checkpoint
+            from .evaluation import join_processes, plan_settings
+            from .lmms.benchmarks import describe_row, run_benchmarks
+
+        loaded = Checkpoint(checkpoint, join_processes(device), dtype)
+        settings = plan_settings(loaded, num_frames, prune_ratio, method, max_vision_tokens)
+        result = run_benchmarks(loaded, settings, output, only or (), limit=limit, allow_untrained=allow_untrained)
+    if result is None:
+        return  # the first process tells
+    typer.echo(format_table([describe_row(row) for row in result["rows"]]))
+    typer.echo("Averages are over the columns that every row of this checkpoint has.")
     typer.echo(f"Wrote {output}.")
 
 

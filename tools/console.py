@@ -51,6 +51,13 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
         yield
 
 
+def format_table(rows: list[dict[str, str]]) -> str:
+    """Rows with the same names as lines of text, the names above them, every column as wide as it must be."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
 def hide_progress_off_terminal() -> None:
     """Keep the libraries' progress bars out of a stderr that nobody watches."""
     from transformers.utils import logging
