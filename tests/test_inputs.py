@@ -106,18 +106,29 @@ def test_an_answer_about_a_row_is_that_about_the_file(clip):
     assert len(answers) == 1
 
 
+@pytest.fixture(params=["ours", "torchcodec"])
+def decoder_class(request):
+    """That of this file, and torchcodec's own where it and an FFmpeg that it can load are installed."""
+    if request.param == "ours":
+        return VideoDecoder
+    try:
+        from torchcodec import decoders
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"torchcodec cannot be loaded here: {str(error).splitlines()[0]}")
+    return decoders.VideoDecoder
+
+
 @pytest.mark.parametrize("dimension_order", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("part", [{}, {"video_start": 1, "video_end": 2.5}, {"nframes": 3}], ids=str)
-def test_a_decoder_of_its_own(processor, clip, dimension_order, part):
-    decoder = VideoDecoder(clip, dimension_order)
+def test_a_decoder_of_its_own(processor, clip, decoder_class, dimension_order, part):
+    decoder = decoder_class(clip, dimension_order=dimension_order)
     assert_equal(ask(processor, decoder, **part), ask(processor, clip, **part))
-    assert decoder.num_calls == 1
 
 
-def test_times_of_a_decoder_are_those_of_its_frames(processor, tmp_path):
+def test_times_of_a_decoder_are_those_of_its_frames(processor, decoder_class, tmp_path):
     times = np.array([0, 0.1, 0.2, 0.9, 1.0, 1.7, 3.3])
     path = str(write_video(tmp_path / "vfr.mp4", num_frames=len(times), times=times))
-    clips, (metadata,) = processor.video_processor.sample_videos([VideoDecoder(path)])
+    clips, (metadata,) = processor.video_processor.sample_videos([decoder_class(path)])
     assert isinstance(metadata, TimedVideoMetadata)
     assert metadata.timestamps == pytest.approx(times[metadata.frames_indices])
     assert metadata.timestamps[-1] == pytest.approx(3.3)
