@@ -12,8 +12,9 @@ test: .venv/.test
 	.venv/bin/python -m pytest
 
 # What only some want, each in tests of its own, which `make test` skips where they are not installed.
-test-extras: .venv-extras/.test
+test-extras: .venv-extras/.test .venv-demo/.test
 	.venv-extras/bin/python -m pytest $(EXTRA_TESTS)
+	.venv-demo/bin/python -m pytest tests/test_demo.py
 
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest
@@ -32,9 +33,11 @@ mutants: .venv/.test
 	.venv/bin/python -m benchmarks.mutants
 
 # The releases that the suite ran with last, those of the extras too.
-lock: .venv-extras/.test
+lock: .venv-extras/.test .venv-demo/.test
 	echo "# Written by \`make lock\`: what the suite ran with on Linux." > constraints.txt
 	.venv-extras/bin/pip freeze --all --exclude pip --exclude-editable >> constraints.txt
+	echo "# Written by \`make lock\`: what tests/test_demo.py ran with on Linux." > constraints-demo.txt
+	.venv-demo/bin/pip freeze --all --exclude pip --exclude-editable >> constraints-demo.txt
 
 # Known vulnerabilities of these releases; asks a service on the network.
 audit:
@@ -65,6 +68,12 @@ unexport PYTHONDONTWRITEBYTECODE
 .venv-extras/.test: setup.py pyproject.toml
 	python3 -m venv .venv-extras
 	.venv-extras/bin/$(INSTALL) ".[test,lora,quantize,trl,serve,ray]"
+	touch $@
+
+# Gradio wants an older Pillow than the rest runs with.
+.venv-demo/.test: setup.py pyproject.toml
+	python3 -m venv .venv-demo
+	.venv-demo/bin/pip install --no-compile $(CONSTRAINTS:%.txt=--constraint %-demo.txt) --editable ".[demo,test-demo]"
 	touch $@
 
 # The lower bound of each requirement in setup.py, "name[extra]>=1,<2" -> name==1.

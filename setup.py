@@ -24,6 +24,11 @@ SERVE = [
     "starlette>=0.46,<2",
     "uvicorn>=0.34,<1",
 ]
+DEMO = ["gradio>=6.31,<7"]
+TEST_DEMO = [
+    "playwright>=1.65,<2",
+    "pytest>=8.4,<10",
+]
 TEST = [
     *TRAIN,
     "hypothesis>=6.100,<7",
@@ -74,7 +79,9 @@ setup(
         "parquet": PARQUET,
         "serve": SERVE,
         "ray": RAY,
+        "demo": DEMO,
         "test": TEST,
+        "test-demo": TEST_DEMO,
     },
     entry_points={"console_scripts": ["stts-molmo = stts_molmo.tools.cli:run"]},
 )

@@ -38,7 +38,7 @@ DOORS = {
 # What is imported where it is there, and done without where it is not.
 OPTIONAL = {"torchao", "torchcodec", "triton"}
 # What an extra's own file in tools/ imports.
-IN_EXTRAS = {"adapters.py": "lora", "serving.py": "serve", "tables.py": "parquet", "trl.py": "trl"}
+IN_EXTRAS = {"adapters.py": "lora", "demo.py": "demo", "serving.py": "serve", "tables.py": "parquet", "trl.py": "trl"}
 EXTRAS = {"benchmarks": ["test"], "examples": ["train", "ray"], "tests": ["test"]}
 
 
@@ -198,8 +198,9 @@ def test_each_requirement_has_the_lower_bound_that_test_oldest_runs(declared):
 
 
 def test_each_requirement_ends_with_what_the_suite_ran_with(declared):
-    """`constraints.txt` holds a version of each, and no requirement claims a major release after that."""
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    """The constraints hold a version of each, and no requirement claims a major release after that."""
+    locks = [ROOT / name for name in ("constraints-demo.txt", "constraints.txt")]  # the second for what both have
+    lines = [line for lock in locks for line in lock.read_text().splitlines() if not line.startswith("#")]
     ran_with = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
     for requirements in declared.values():
         for requirement in requirements:

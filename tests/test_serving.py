@@ -349,6 +349,7 @@ def test_a_request_that_is_too_large_is_refused_as_it_comes(client, server):
 def test_a_file_that_is_too_large_or_too_long_is_refused(client, tmp_path, checkpoint):
     (tmp_path / "large.mp4").write_bytes(bytes(LIMITS.max_bytes + 1))
     write_video(tmp_path / "long.mp4", num_frames=40, fps=1)
+    (tmp_path / "notes.mp4").write_text("no video")
     (tmp_path / "elsewhere.mp4").symlink_to(CLIPS / "quiet.mp4")
     server = serving.Server(Answerer(checkpoint, LIMITS, allow_private_hosts=True), NAME, tmp_path)
     with serve(server) as url, quiet_http(tmp_path) as files:
@@ -359,6 +360,8 @@ def test_a_file_that_is_too_large_or_too_long_is_refused(client, tmp_path, check
             assert error.value.status_code in (400, 413)
         with pytest.raises(openai.BadRequestError, match="is 39.0 seconds long; at most 30 are taken"):
             ask(client, "long.mp4")
+        with pytest.raises(openai.BadRequestError, match="'notes.mp4' cannot be read as a video"):
+            ask(client, "notes.mp4")
         with pytest.raises(openai.BadRequestError, match="no file 'elsewhere.mp4' that may be read"):
             ask(client, "elsewhere.mp4")
 

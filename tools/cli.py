@@ -95,10 +95,12 @@ AllowPrivateHosts = Annotated[
     bool, typer.Option("--allow-private-hosts", help="Fetch links to machines that the internet does not reach.")
 ]
 AllowUntrained = Annotated[bool, typer.Option("--allow-untrained", help="Let a scorer choose that was never trained.")]
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")]
 MaxMegabytes = Annotated[int, typer.Option(min=1, help="Largest video, in MiB.")]
 MaxVideoSeconds = Annotated[float, typer.Option(min=0, help="Longest video, in seconds.")]
 MaxFrames = Annotated[int, typer.Option(min=1, help="Most frames of a video that may be asked for.")]
 MaxSeconds = Annotated[float, typer.Option(min=0, help="Most seconds from a question to the end of its answer.")]
+MaxRequests = Annotated[int, typer.Option(min=1, help="Most questions at a time, those that wait among them.")]
 
 
 def print_version(wanted: bool) -> None:
@@ -476,7 +478,7 @@ def inspect(
 @app.command()
 def serve(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory or Hub id of an STTS checkpoint.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = LOCALHOST,
+    host: Host = LOCALHOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 is any free one.")] = 8000,
     allow_local: Annotated[
         Path | None,
@@ -490,7 +492,7 @@ def serve(
     max_frames: MaxFrames = 128,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for, in tokens.")] = 1024,
     max_seconds: MaxSeconds = 300,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests taken at a time; others get status 503.")] = 16,
+    max_requests: MaxRequests = 16,
     allow_untrained: AllowUntrained = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -518,3 +520,47 @@ def serve(
         answerer = Answerer(Checkpoint(checkpoint, device, dtype), limits, allow_private_hosts, allow_untrained)
         name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
         run(Server(answerer, name, allow_local), host, port, lambda url: typer.echo(f"Serving {name} at {url}."))
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="[CHECKPOINT]",
+            help="Directory or Hub id of an STTS checkpoint.",
+            show_default="a tiny one, for trying things out",
+        ),
+    ] = str(BUNDLED_CHECKPOINT),
+    host: Host = LOCALHOST,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+    max_mb: MaxMegabytes = 64,
+    max_video_seconds: MaxVideoSeconds = 600,
+    max_frames: MaxFrames = 128,
+    max_seconds: MaxSeconds = 300,
+    max_requests: MaxRequests = 16,
+    allow_untrained: AllowUntrained = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """
+    Open a page to ask about a clip, and to see what was kept of it. Needs the extra `demo`.
+
+        stts-molmo demo my/checkpoint
+    """
+    with readable_errors():
+        with libraries():
+            with extra("demo"):
+                from .demo import build, bundled_clips, launch
+            from .checkpoint import Checkpoint
+            from .streaming import Answerer, Limits
+
+        limits = Limits(
+            max_bytes=max_mb * 2**20,
+            max_video_seconds=max_video_seconds,
+            max_frames=max_frames,
+            max_seconds=max_seconds,
+            max_requests=max_requests,
+        )
+        answerer = Answerer(Checkpoint(checkpoint, device, dtype), limits, allow_untrained=allow_untrained)
+        launch(build(answerer, bundled_clips()), answerer, host, port)

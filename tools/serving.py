@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..download_stts_molmo import is_link, quoted
 from ..generation_stts_molmo import PRUNING_OPTIONS
+from ..video_stts_molmo import EncodedVideo
 from .answer import MAX_NEW_TOKENS
 from .streaming import Answerer, Finished
 
@@ -169,7 +170,7 @@ class Server:
         messages, link = read_messages(body.get("messages"), self.limits.max_characters)
         asked = {
             "messages": messages,
-            "video": link if is_link(link) else opened.enter_context(self.open_file(link)),
+            "video": link if is_link(link) else EncodedVideo(opened.enter_context(self.open_file(link)), link),
             "pruning": pruning,
             "num_frames": whole(body, "num_frames", 1, self.limits.max_frames),
             **self.read_generation(body),

@@ -121,6 +121,12 @@ class Answerer:
             raise ValueError(f"The token scorer is not trained: it would drop tokens at random. {TRAIN_OR_COSINE}")
         return pruning
 
+    def read(self, video, num_frames: int | None) -> Clip:
+        """The frames of a video, within the limits."""
+        processor = self.checkpoint.processor
+        num_frames = min(num_frames or processor.video_processor.num_frames, self.limits.max_frames)
+        return read_clip(processor, video, num_frames=num_frames)
+
     async def answer(
         self, video, messages: list[dict], pruning: dict, num_frames: int | None = None, **generation
     ) -> AsyncIterator[WatchedVideo | str | Finished]:
@@ -128,7 +134,7 @@ class Answerer:
         Answer the last question of a chat. To stop early, close the iterator.
 
         Args:
-            video: a link, bytes or an open file.
+            video: a link, bytes or an open file; or a clip that was read before, `clip` of a [`WatchedVideo`].
             messages: one of them has the part `{"type": "video"}`.
             pruning: what [`check_pruning`] gave.
             num_frames: most frames to sample, within the limits; the checkpoint's own when not given.
@@ -144,12 +150,11 @@ class Answerer:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limits.max_seconds
-        num_frames = min(num_frames or self.checkpoint.processor.video_processor.num_frames, self.limits.max_frames)
-        read = partial(read_clip, self.checkpoint.processor, video, num_frames=num_frames)
-        async with asyncio.timeout_at(deadline):
-            clip = await loop.run_in_executor(self.readers, read)
-        del video, read
-
+        clip = video
+        if not isinstance(video, Clip):
+            async with asyncio.timeout_at(deadline):
+                clip = await loop.run_in_executor(self.readers, partial(self.read, video, num_frames))
+            del video  # what is read is smaller
         events, is_unwanted = asyncio.Queue(), threading.Event()
 
         def emit(event) -> None:

@@ -140,15 +140,20 @@ def compose(
     return sheet
 
 
-def save_png(images: Sequence[Image.Image], path: str | Path) -> None:
-    """Write the images below each other."""
+def stack(images: Sequence[Image.Image]) -> Image.Image:
+    """The images below each other."""
     sheet = Image.new("RGB", (images[0].width, sum(image.height for image in images)), "white")
     top = 0
     for image in images:
         sheet.paste(image, (0, top))
         top += image.height
+    return sheet
+
+
+def save_png(images: Sequence[Image.Image], path: str | Path) -> None:
+    """Write the images below each other."""
     with written_whole(path) as draft:
-        sheet.save(draft)
+        stack(images).save(draft)
 
 
 def save_mp4(images: Sequence[Image.Image], path: str | Path, fps: int = 2) -> None:
