@@ -98,6 +98,7 @@ AllowUntrained = Annotated[bool, typer.Option("--allow-untrained", help="Let a s
 Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")]
 MaxMegabytes = Annotated[int, typer.Option(min=1, help="Largest video, in MiB.")]
 MaxVideoSeconds = Annotated[float, typer.Option(min=0, help="Longest video, in seconds.")]
+MaxFrameSize = Annotated[int, typer.Option(min=1, help="Most pixels that a video may be wide or high.")]
 MaxFrames = Annotated[int, typer.Option(min=1, help="Most frames of a video that may be asked for.")]
 MaxSeconds = Annotated[float, typer.Option(min=0, help="Most seconds from a question to the end of its answer.")]
 MaxRequests = Annotated[int, typer.Option(min=1, help="Most questions at a time, those that wait among them.")]
@@ -489,6 +490,7 @@ def serve(
     allow_private_hosts: AllowPrivateHosts = False,
     max_mb: MaxMegabytes = 64,
     max_video_seconds: MaxVideoSeconds = 3600,
+    max_frame_size: MaxFrameSize = 4096,
     max_frames: MaxFrames = 128,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for, in tokens.")] = 1024,
     max_seconds: MaxSeconds = 300,
@@ -512,6 +514,7 @@ def serve(
         limits = Limits(
             max_bytes=max_mb * 2**20,
             max_video_seconds=max_video_seconds,
+            max_frame_size=max_frame_size,
             max_frames=max_frames,
             max_new_tokens=max_new_tokens,
             max_seconds=max_seconds,
@@ -536,6 +539,7 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
     max_mb: MaxMegabytes = 64,
     max_video_seconds: MaxVideoSeconds = 600,
+    max_frame_size: MaxFrameSize = 4096,
     max_frames: MaxFrames = 128,
     max_seconds: MaxSeconds = 300,
     max_requests: MaxRequests = 16,
@@ -558,6 +562,7 @@ def demo(
         limits = Limits(
             max_bytes=max_mb * 2**20,
             max_video_seconds=max_video_seconds,
+            max_frame_size=max_frame_size,
             max_frames=max_frames,
             max_seconds=max_seconds,
             max_requests=max_requests,

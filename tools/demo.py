@@ -1,5 +1,6 @@
 """`stts-molmo demo`: a page on which to ask about a clip, and to see what was kept of it and what that saved."""
 
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import gradio as gr
 from PIL import Image
 
 from ..configuration_stts_molmo import METHODS
-from ..video_stts_molmo import EncodedVideo
 from .answer import MAX_NEW_TOKENS, WatchedVideo, ask_about
 from .streaming import Answerer, Finished
 from .video import make_video_inputs
@@ -118,24 +118,21 @@ async def show(
     ways = [answerer.check_pruning(None if budget else ratio, method, budget or None)]
     ways += [answerer.check_pruning(method="none")] if beside else []
     answers, ends, figures, picture = ["", ""], [], "", None
-    with open(video, "rb") as file:
-        clip = EncodedVideo(file, Path(video).name)
-        for number, pruning in enumerate(ways):
-            events = answerer.answer(clip, messages, pruning, int(num_frames), max_new_tokens=MAX_NEW_TOKENS)
-            try:
-                async for event in events:
-                    if isinstance(event, WatchedVideo):
-                        clip = event.clip
-                        picture = picture or draw(event)
-                    elif isinstance(event, Finished):
-                        answers[number] = event.answer.answer
-                        ends.append(event)
-                        figures = table(ends)
-                    else:
-                        answers[number] += event
-                    yield *answers, figures, picture
-            finally:
-                await events.aclose()
+    clip = Path(video)  # below Gradio's folder of uploads, as Gradio has checked
+    for number, pruning in enumerate(ways):
+        events = answerer.answer(clip, messages, pruning, int(num_frames), max_new_tokens=MAX_NEW_TOKENS)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if isinstance(event, WatchedVideo):
+                    clip = event.clip
+                    picture = picture or draw(event)
+                elif isinstance(event, Finished):
+                    answers[number] = event.answer.answer
+                    ends.append(event)
+                    figures = table(ends)
+                else:
+                    answers[number] += event
+                yield *answers, figures, picture
 
 
 def bundled_clips() -> list[tuple[Path, str]]:

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -23,7 +22,6 @@ from starlette.types import Receive, Scope, Send
 
 from ..download_stts_molmo import is_link, quoted
 from ..generation_stts_molmo import PRUNING_OPTIONS
-from ..video_stts_molmo import EncodedVideo
 from .answer import MAX_NEW_TOKENS
 from .streaming import Answerer, Finished
 
@@ -43,6 +41,13 @@ NEUTRAL = {
 }
 
 
+class Json(JSONResponse):
+    """With what a client may have sent half of, such as a surrogate, in ASCII."""
+
+    def render(self, content) -> bytes:
+        return json.dumps(content).encode("ascii")
+
+
 class Refused(Exception):
     """A request that gets an error in place of an answer, in the form of OpenAI's API."""
 
@@ -54,9 +59,9 @@ class Refused(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": None}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Json:
         retry = {"Retry-After": "1"} if self.status == 503 else {"x-should-retry": "false"}
-        return JSONResponse(self.body(), self.status, retry)
+        return Json(self.body(), self.status, retry)
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,9 @@ class Server:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Whatever becomes of a request, what it opened is closed, and its answer ended."""
-        async with contextlib.AsyncExitStack() as opened:
-            await self.app(scope | {"opened": opened}, receive, send)
+        """Whatever becomes of a request, it is not counted any more when it ends, and its answer ends too."""
+        async with contextlib.AsyncExitStack() as ending:
+            await self.app(scope | {"ending": ending}, receive, send)
 
     async def list_models(self, request: Request) -> JSONResponse:
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "stts-molmo"}
@@ -102,27 +107,27 @@ class Server:
 
     async def complete(self, request: Request) -> Response:
         """Answers `POST /v1/chat/completions`. An error that comes before the first piece has a status of its own."""
-        opened = request.scope["opened"]
+        ending = request.scope["ending"]
         try:
-            self.admit(opened)
-            question = self.read_question(await self.read_body(request), opened)
+            self.admit(ending)
+            question = self.read_question(await self.read_body(request))
             events = self.answerer.answer(**question.asked)
-            opened.push_async_callback(events.aclose)
+            ending.push_async_callback(events.aclose)
             with refused_for_errors():
                 await while_connected(request, anext(events))
                 if not question.is_streamed:
-                    return JSONResponse(await while_connected(request, self.collect(events)))
+                    return Json(await while_connected(request, self.collect(events)))
             return StreamingResponse(self.stream(events, question.wants_usage), media_type="text/event-stream")
         except Refused as refused:
             return refused.response()
         except ClientDisconnect:
             return Response(status_code=499)
 
-    def admit(self, opened: contextlib.AsyncExitStack) -> None:
+    def admit(self, ending: contextlib.AsyncExitStack) -> None:
         if self.num_requests >= self.limits.max_requests:
             raise Refused(f"The server is busy ({self.num_requests} at a time); try again later.", status=503)
         self.num_requests += 1
-        opened.callback(self.dismiss)
+        ending.callback(self.dismiss)
 
     def dismiss(self) -> None:
         self.num_requests -= 1
@@ -158,8 +163,8 @@ class Server:
             raise Refused("The request is no JSON object.")
         return {name: value for name, value in values.items() if value is not None}
 
-    def read_question(self, body: dict, opened: contextlib.AsyncExitStack) -> Question:
-        """Check what a request asks for. Files that it names are opened."""
+    def read_question(self, body: dict) -> Question:
+        """Check what a request asks for."""
         check_fields(body)
         if body.get("model", self.name) != self.name:
             raise Refused(f"There is no model {quoted(body['model'])}; this is {self.name!r}.", "model", 404)
@@ -170,7 +175,7 @@ class Server:
         messages, link = read_messages(body.get("messages"), self.limits.max_characters)
         asked = {
             "messages": messages,
-            "video": link if is_link(link) else EncodedVideo(opened.enter_context(self.open_file(link)), link),
+            "video": link if is_link(link) else self.find_file(link),
             "pruning": pruning,
             "num_frames": whole(body, "num_frames", 1, self.limits.max_frames),
             **self.read_generation(body),
@@ -195,7 +200,7 @@ class Server:
             generation["temperature"] = temperature or None
         return {name: value for name, value in generation.items() if value is not None}
 
-    def open_file(self, name: str) -> BinaryIO:
+    def find_file(self, name: str) -> Path:
         """A file in the folder that clients may name files in; of others it is not told whether they exist."""
         if self.folder is None:
             raise Refused(
@@ -208,13 +213,12 @@ class Server:
             path = (self.folder / path).resolve()
             if not (path.is_relative_to(self.folder) and path.is_file()):
                 raise FileNotFoundError("no such file")
-            file = path.open("rb")
+            num_bytes = path.stat().st_size
         except (OSError, ValueError, RuntimeError) as error:
             raise Refused(f"There is no file {quoted(name)} that may be read; check the name.", "messages") from error
-        if path.stat().st_size > self.limits.max_bytes:
-            file.close()
+        if num_bytes > self.limits.max_bytes:
             raise Refused(f"{quoted(name)} has more than {self.limits.max_bytes} bytes, the limit.", "messages", 413)
-        return file
+        return path
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
@@ -321,11 +325,19 @@ def all_parts(messages: list[dict], role: str) -> list[dict]:
     return [part for message in messages if message["role"] == role for part in message["content"]]
 
 
+def valid_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"{quoted(text)} is no text ({error.reason}).", "messages") from error
+    return text
+
+
 def read_part(part, videos: list[str]) -> dict:
     """A part of a message as a processor takes it; what it calls a video goes to `videos`."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
+        return {"type": "text", "text": valid_text(part["text"])}
     if kind == "video_url":
         video = part.get("video_url")
         link = video.get("url") if isinstance(video, dict) else video
@@ -421,4 +433,5 @@ def run(server: Server, host: str, port: int, announce: Callable[[str], None]) -
         host, port, *_ = listener.getsockname()
         announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         config = uvicorn.Config(server, log_level="warning", timeout_graceful_shutdown=5, lifespan="off")
-        uvicorn.Server(config).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # the signal that ended it, raised again once all is closed
+            uvicorn.Server(config).run(sockets=[listener])

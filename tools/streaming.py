@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import StoppingCriteria, TextStreamer
 
+from ..video_stts_molmo import EncodedVideo
 from .answer import Answer, WatchedVideo
 from .checkpoint import TRAIN_OR_COSINE, Checkpoint
 from .video import Clip, read_clip
@@ -26,6 +28,7 @@ class Limits:
 
     max_bytes: int = 64 * 2**20  # of a video, encoded, wherever it comes from
     max_video_seconds: float = 3600
+    max_frame_size: int = 4096  # pixels that a frame may be wide or high, before it is resized
     max_frames: int = 128  # sampled of a video
     max_characters: int = 20_000  # of text in a chat
     max_new_tokens: int = 1024
@@ -102,6 +105,7 @@ class Answerer:
         video_processor.max_download_bytes = limits.max_bytes
         video_processor.download_seconds = limits.max_seconds
         video_processor.max_video_seconds = limits.max_video_seconds
+        video_processor.max_frame_size = limits.max_frame_size
         self.readers = ThreadPoolExecutor(NUM_READERS, "reader")
         self.model_thread = ThreadPoolExecutor(1, "model")
 
@@ -125,7 +129,10 @@ class Answerer:
         """The frames of a video, within the limits."""
         processor = self.checkpoint.processor
         num_frames = min(num_frames or processor.video_processor.num_frames, self.limits.max_frames)
-        return read_clip(processor, video, num_frames=num_frames)
+        if not isinstance(video, Path):
+            return read_clip(processor, video, num_frames=num_frames)
+        with video.open("rb") as file:  # here, where it is read to the end, whoever leaves
+            return read_clip(processor, EncodedVideo(file, video.name), num_frames=num_frames)
 
     async def answer(
         self, video, messages: list[dict], pruning: dict, num_frames: int | None = None, **generation
@@ -134,7 +141,7 @@ class Answerer:
         Answer the last question of a chat. To stop early, close the iterator.
 
         Args:
-            video: a link, bytes or an open file; or a clip that was read before, `clip` of a [`WatchedVideo`].
+            video: a link, bytes or the `Path` of a file that may be read; or the `clip` of a [`WatchedVideo`].
             messages: one of them has the part `{"type": "video"}`.
             pruning: what [`check_pruning`] gave.
             num_frames: most frames to sample, within the limits; the checkpoint's own when not given.
