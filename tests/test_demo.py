@@ -48,6 +48,7 @@ def answerer(checkpoint) -> Answerer:
 @pytest.fixture(scope="module")
 def url(answerer, tmp_path_factory):
     """Where the page is."""
+    show(answerer)  # the first of all takes longer, and is not what the docs show
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         page = demo.build(answerer, demo.bundled_clips())

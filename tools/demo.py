@@ -38,12 +38,14 @@ def build(answerer: Answerer, examples: Sequence[tuple[str | Path, str]] = ()) -
     async def respond(
         video: str | None, question: str, ratio: float, budget: int, num_frames: int, method: str, beside: bool
     ) -> AsyncIterator[tuple[str, str, str, Image.Image | None]]:
-        """What is new of what [`show`] gives; whatever goes wrong becomes a message on the page."""
-        before = [object()] * 4
+        """What [`show`] gives, the picture once; whatever goes wrong becomes a message on the page."""
+        sent = object()
         try:
             async for shown in show(answerer, video, question, ratio, budget, num_frames, method, beside):
-                yield tuple(gr.skip() if new is old else new for new, old in zip(shown, before, strict=True))
-                before = shown
+                *texts, picture = shown
+                yield *texts, gr.skip() if picture is sent else picture
+                sent = picture
+            yield shown  # the last is what Gradio's client returns
         except TimeoutError as error:
             raise gr.Error("There is no answer in time; ask for fewer frames.", print_exception=False) from error
         except (OSError, TypeError, ValueError) as error:
