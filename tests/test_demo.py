@@ -143,6 +143,10 @@ def test_limits_hold(answerer, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def connect(url: str):
+    return gradio_client.Client(url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 60})
+
+
 def ask(client, video=QUIET, question=QUESTION, ratio=0.5, budget=0, frames=8, method="scorer", beside=False):
     clip = video if isinstance(video, dict) else {"video": gradio_client.handle_file(video)}
     clip = clip.get("video", clip)
@@ -154,7 +158,7 @@ def test_many_ask_at_a_time(url):
 
     def work(number: int) -> bool:
         video, question, frames = kinds[number % 3]
-        client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
+        client = connect(url)
         answer, _, table, picture = ask(client, video, question, frames=frames)
         tokens = 9 * frames - int(9 * frames * 0.5)
         return answer in ("green", "red") and f"| vision tokens after | {tokens} |" in table and Path(picture).is_file()
@@ -176,7 +180,7 @@ def test_many_ask_at_a_time(url):
     ids=str,
 )
 def test_nobody_names_a_file_of_ours(url, clip):
-    client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
+    client = connect(url)
     with pytest.raises(Exception) as error:  # noqa: B017  of several kinds, by what Gradio finds first
         client.submit(clip, QUESTION, 0.5, 0, 8, "scorer", False, api_name="/ask").result(timeout=60)
     assert "root:" not in str(error.value)
@@ -184,14 +188,14 @@ def test_nobody_names_a_file_of_ours(url, clip):
 
 def test_an_upload_may_be_so_large(url, tmp_path):
     (tmp_path / "large.mp4").write_bytes(bytes(LIMITS.max_bytes + 1000))
-    client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
+    client = connect(url)
     with pytest.raises(Exception, match="(?i)size|413|large"):
         ask(client, str(tmp_path / "large.mp4"))
 
 
 def test_a_wrong_upload_gets_a_message(url, tmp_path):
     (tmp_path / "notes.mp4").write_text("no video")
-    client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
+    client = connect(url)
     with pytest.raises(
         gradio_client.exceptions.AppError, match="'notes.mp4' (cannot be read as a video|is a text file)"
     ):
