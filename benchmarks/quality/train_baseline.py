@@ -51,6 +51,7 @@ CURRICULUM = (
     Stage(0.40, level=2, num_frames=(4, 6), clips=1, questions=13, captions=1),
     Stage(1.00, level=2, num_frames=(6, 8, 8, 16), clips=1, questions=None, captions=0),
 )
+MIXED = CURRICULUM[-1]._replace(captions=3)  # the only stage on the mixture of worlds
 ADAPTER_GROWTH = 4  # of the norm of the adapter's last matrix, which starts out small
 
 
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None):
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     processor = build_processor()
     model = load_plain(args.checkpoint) if args.checkpoint else build_model(processor.tokenizer, args.seed)
-    worlds, curriculum = (MIXTURE, CURRICULUM[-1:]) if args.checkpoint else (("still",), CURRICULUM)
+    worlds, curriculum = (MIXTURE, (MIXED,)) if args.checkpoint else (("still",), CURRICULUM)
     optimizers = build_optimizers(model, args.learning_rate, 1 if args.checkpoint else ADAPTER_GROWTH)
 
     def batch_at(step: int) -> dict:

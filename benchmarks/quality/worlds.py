@@ -14,7 +14,20 @@ from pathlib import Path
 import numpy as np
 from stts_molmo.tools.files import written_whole
 
-from .scenes import CELL, COUNTS, FRAME, Question, Scene, enlarge, make_scene, questions, render, things_at, write_mp4
+from .scenes import (
+    CELL,
+    COUNTS,
+    FRAME,
+    Question,
+    Scene,
+    captions,
+    enlarge,
+    make_scene,
+    questions,
+    render,
+    things_at,
+    write_mp4,
+)
 
 HALF = CELL // 2  # a dot is somewhere on a grid of half cells, 6 x 6
 DOT = slice(1, 5)  # of the 6 px of a half cell
@@ -114,17 +127,40 @@ def film_questions(film: Film) -> list[Question]:
     """Every question of the scene, and in a world those of `QUESTIONS`."""
     if film.world is None:
         return questions(film.scene)
-    dot = film.dots[np.random.default_rng([film.scene.seed, 2]).integers(len(film.dots))]
-    first, second = (f"{moment:.1f}" for moment in film.moments)
-    moment = f"{dot.moment:.1f}"
     return [
         *questions(film.scene),
-        Question("dot point", QUESTIONS["dot point"].format(moment), f"{dot.x} {dot.y} {moment}"),
+        _where(_asked_dot(film)),
         Question("dot count", QUESTIONS["dot count"], COUNTS[len(film.dots) - 1]),
-        Question(
-            "what happens", QUESTIONS["what happens"].format(first, second), what_happens(film.scene, *film.moments)
-        ),
+        _between(film, *film.moments),
     ]
+
+
+def _asked_dot(film: Film) -> Dot:
+    return film.dots[np.random.default_rng([film.scene.seed, 2]).integers(len(film.dots))]
+
+
+def _where(dot: Dot) -> Question:
+    moment = f"{dot.moment:.1f}"
+    return Question("dot point", QUESTIONS["dot point"].format(moment), f"{dot.x} {dot.y} {moment}")
+
+
+def _between(film: Film, first: float, second: float) -> Question:
+    question = QUESTIONS["what happens"].format(f"{first:.1f}", f"{second:.1f}")
+    return Question("what happens", question, what_happens(film.scene, first, second))
+
+
+def lessons(film: Film, times: np.ndarray, number: int, rng: np.random.Generator) -> list[Question]:
+    """
+    What else a model is shown to learn the words: `number` captions of a scene's frames; of a film in a world where
+    its other dots are, and what happens between `number` pairs of other moments.
+    """
+    if film.world is None:
+        described = [item for time in times for item in captions(film.scene, time)]
+        return [*rng.permutation(np.array(described, dtype=object))[:number]]
+    dots = [dot for dot in film.dots if dot != _asked_dot(film)] if number else []
+    pairs = [(first, second) for second in times.tolist() for first in times.tolist() if first < second]
+    pairs = [pair for pair in rng.permutation(pairs).tolist()[:number] if tuple(pair) != film.moments]
+    return [*map(_where, dots), *(_between(film, *pair) for pair in pairs)]
 
 
 def shoot(film: Film, times: np.ndarray) -> np.ndarray:
