@@ -1,5 +1,5 @@
 """
-Writes docs/measurements.md, two tables of README.md and every figure from benchmarks/results/.
+Writes docs/measurements.md, docs/study.md, two tables of README.md and every figure from benchmarks/results/.
 
     python -m benchmarks.measurements
 
@@ -22,12 +22,16 @@ from .quality.plot import draw_ratios
 from .quality.scenes import FIRST_SEED
 from .quality.tables import PAPER, Study, accuracy_summary
 from .quality.tables import all_tables as quality_tables
+from .quality.worlds_tables import all_tables as worlds_tables
+from .quality.worlds_tables import hits_in
 from .speed.plot import plot
 from .speed.presets import PAPER_SHAPES
 from .speed.tables import all_tables as speed_tables
 from .speed.tables import speed_summary
 
 TEMPLATE = Path(__file__).with_name("measurements.md.jinja")
+STUDY_TEMPLATE = Path(__file__).with_name("study.md.jinja")
+JINJA = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 
 
 def is_speed(result: dict) -> bool:
@@ -65,8 +69,7 @@ def page(results: dict[str, dict], study: Study) -> str:
         """Records of a speed result in which everything `wanted` is so."""
         return [record for record in results[name]["records"] if wanted.items() <= record.items()]
 
-    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return JINJA.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
         records=records,
         source=lambda *args: source(results, *args),
@@ -77,6 +80,19 @@ def page(results: dict[str, dict], study: Study) -> str:
         paper=PAPER,
         tokens=token_table(),
         first_test_clip=FIRST_SEED["test"],
+    )
+
+
+def study_page(results: dict[str, dict]) -> str:
+    """docs/study.md."""
+    study = Study(results["quality_worlds"])
+    return JINJA.from_string(STUDY_TEMPLATE.read_text(encoding="utf-8")).render(
+        results=results,
+        file=results["quality_worlds"],
+        study=study,
+        tables=worlds_tables(study),
+        hits=lambda *args: hits_in(study, *args),
+        source=source(results, "quality_worlds", study.seeds("stts 50")),
     )
 
 
@@ -116,6 +132,7 @@ def write(root: Path = ROOT):
     study = Study(results["quality_study"])
     (root / "docs").mkdir(exist_ok=True)
     (root / "docs" / "measurements.md").write_text(page(results, study), encoding="utf-8")
+    (root / "docs" / "study.md").write_text(study_page(results), encoding="utf-8")
     for name, result in results.items():
         if is_speed(result):
             plot(result, folder / f"{name}.png")

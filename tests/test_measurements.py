@@ -1,4 +1,4 @@
-"""docs/measurements.md and the tables of README.md are what their command writes from the committed results."""
+"""docs/measurements.md, docs/study.md and the tables of README.md are what their command writes from the committed results."""
 
 import json
 import shutil
@@ -27,8 +27,9 @@ def written(tmp_path_factory):
     return root
 
 
-def test_the_page_is_what_its_command_writes(written):
-    page, command = "docs/measurements.md", "python -m benchmarks.measurements"
+@pytest.mark.parametrize("page", ["docs/measurements.md", "docs/study.md"])
+def test_the_pages_are_what_their_command_writes(written, page):
+    command = "python -m benchmarks.measurements"
     assert (ROOT / page).read_text(encoding="utf-8") == (written / page).read_text(encoding="utf-8"), f"run `{command}`"
 
 

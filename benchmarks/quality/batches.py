@@ -9,7 +9,7 @@ from stts_molmo.tools.video import Clip, read_clip
 from transformers.video_utils import VideoMetadata
 
 from ..common import split_video
-from .scenes import FIRST_SEED, MIN_BEATS, Question
+from .scenes import FIRST_SEED, MIN_BEATS, Question, captions
 from .worlds import film_questions, lessons, make_film, shoot
 
 IGNORE = -100
@@ -84,14 +84,15 @@ def sample_batch(
     num_frames: int,
     num_questions: int | None = None,
     num_captions: int = 0,
+    num_lessons: int = 0,
     worlds: Sequence[str] = ("still",),
 ) -> tuple[dict, list[list[Question]]]:
     """
     A batch of the scenes `first_seed..`, a frame a beat, and what was asked of each in its row.
 
-    Asked are `num_questions` of a scene (all when not given) and as many `lessons` as `num_captions`, in an order
-    drawn from the scene's seed, which also picks its world in turn. A scene is at least `MIN_BEATS` long; fewer frames
-    are some of its beats.
+    Asked are `num_questions` of a scene (all when not given), `num_captions` captions of its frames and `num_lessons`
+    `lessons`, in an order drawn from the scene's seed, which also picks its world in turn. A scene is at least
+    `MIN_BEATS` long; fewer frames are some of its beats.
     """
     beat = BEATS[first_seed // size % len(BEATS)]
     films = [
@@ -104,7 +105,9 @@ def sample_batch(
     for film in films:
         rng = np.random.default_rng(film.scene.seed)
         items = [*rng.permutation(np.array(film_questions(film), dtype=object))[:num_questions]]
-        items += lessons(film, times, num_captions, rng)
+        described = [item for time in times for item in captions(film.scene, time)]
+        items += [*rng.permutation(np.array(described, dtype=object))[:num_captions]]
+        items += lessons(film, times, num_lessons, rng)
         asked.append([items[index] for index in rng.permutation(len(items))])
     return make_batch(processor, [shoot(film, times) for film in films], asked, times), asked
 

@@ -17,7 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..common import provenance, torch_threads
 from .batches import accuracy, hits_by_kind, make_batch
-from .scenes import FIRST_SEED, Question, make_scene, questions, render
+from .scenes import FIRST_SEED, Question
+from .worlds import WORLDS, film_questions, make_film, shoot
 
 
 def clip_batches(
@@ -28,13 +29,14 @@ def clip_batches(
     split: str = "test",
     level: int = 2,
     with_video: bool = True,
+    world: str = "still",
 ) -> Iterator[tuple[dict, list[list[Question]]]]:
-    """One batch a scene: each of its questions about `num_frames` frames of it, or one a beat if these are fewer."""
+    """One batch a film: each of its questions about `num_frames` frames of it, or one a beat if these are fewer."""
     for seed in range(FIRST_SEED[split], FIRST_SEED[split] + clips):
-        scene = make_scene(seed, level, beats)
-        times = np.linspace(0, (beats - 1) * scene.beat, min(beats, num_frames))
-        chats = [[item] for item in questions(scene)]
-        yield make_batch(processor, [render(scene, times)] if with_video else [], chats, times), chats
+        film = make_film(seed, world, level, beats)
+        times = np.linspace(0, (beats - 1) * film.scene.beat, min(beats, num_frames))
+        chats = [[item] for item in film_questions(film)]
+        yield make_batch(processor, [shoot(film, times)] if with_video else [], chats, times), chats
 
 
 def load(checkpoint: str) -> tuple:
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--prune-ratio", type=float, help="the checkpoint's own when not given")
     parser.add_argument("--method", help="the checkpoint's own when not given")
     parser.add_argument("--split", choices=FIRST_SEED, default="test")
+    parser.add_argument("--world", choices=WORLDS, default="still")
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--level", type=int, default=2)
     parser.add_argument("--beats", type=int, default=8)
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None):
     args = parser.parse_args(arguments)
     disable_progress_bar()
     model, processor = load(args.checkpoint)
-    batches = clip_batches(processor, args.clips, args.beats, args.num_frames, args.split, args.level)
+    batches = clip_batches(processor, args.clips, args.beats, args.num_frames, args.split, args.level, world=args.world)
     pruning = {"prune_ratio": args.prune_ratio, "method": args.method}
     pruning = {name: value for name, value in pruning.items() if value is not None}
     hits = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **pruning)

@@ -41,12 +41,14 @@ def fit(
     warmup: int = 50,
     log_every: int = 50,
     eval_every: int = 250,
+    save_every: int = 50,
 ) -> float:
     """
     Trains on `batch_at(step)`; learning rates of the optimizers are peaks. Returns the best held-out accuracy. In
     several processes `batch_at` gives each its part of a batch.
 
-    OUTPUT/best holds the weights of that moment, OUTPUT/state.pt what a second call needs to go on.
+    OUTPUT/best holds the weights of that moment, OUTPUT/state.pt what a second call needs to go on, however the first
+    one ended.
     """
     state_file = output / "state.pt"
     output.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,7 @@ def fit(
                 best = scores["all"]
                 model.save_pretrained(output / "best")
                 processor.save_pretrained(output / "best")
+        if done % save_every == 0 or done == steps:
             saved = [optimizer.state_dict() for optimizer in optimizers]
             with written_whole(state_file) as draft:
                 torch.save({"step": done, "best": best, "model": model.state_dict(), "optimizers": saved}, draft)

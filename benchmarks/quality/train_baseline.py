@@ -33,7 +33,7 @@ from .worlds import MIXTURE
 class Stage(NamedTuple):
     """
     Part of the training: until which share of all steps; level of the scenes; frames a clip may have; clips a step (in
-    batch sizes), questions (`None` for all) and captions of each.
+    batch sizes), questions (`None` for all), captions and lessons of each.
     """
 
     until: float
@@ -42,6 +42,7 @@ class Stage(NamedTuple):
     clips: int
     questions: int | None
     captions: int
+    lessons: int = 0
 
 
 CURRICULUM = (
@@ -51,7 +52,7 @@ CURRICULUM = (
     Stage(0.40, level=2, num_frames=(4, 6), clips=1, questions=13, captions=1),
     Stage(1.00, level=2, num_frames=(6, 8, 8, 16), clips=1, questions=None, captions=0),
 )
-MIXED = CURRICULUM[-1]._replace(captions=3)  # the only stage on the mixture of worlds
+MIXED = CURRICULUM[-1]._replace(lessons=3)  # the only stage on the mixture of worlds
 ADAPTER_GROWTH = 4  # of the norm of the adapter's last matrix, which starts out small
 
 
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None):
         size = args.batch_size * stage.clips // processes
         first_seed = FIRST_SEED["train"] * (args.seed + 1) + step * args.batch_size * CURRICULUM[0].clips + rank * size
         frames = stage.num_frames[step % len(stage.num_frames)]
-        asked = (stage.questions, stage.captions)
+        asked = (stage.questions, stage.captions, stage.lessons)
         return sample_batch(processor, first_seed, size, stage.level, frames, *asked, worlds)[0]
 
     with torch_threads(args.threads):

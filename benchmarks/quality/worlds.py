@@ -20,7 +20,6 @@ from .scenes import (
     FRAME,
     Question,
     Scene,
-    captions,
     enlarge,
     make_scene,
     questions,
@@ -151,13 +150,12 @@ def _between(film: Film, first: float, second: float) -> Question:
 
 def lessons(film: Film, times: np.ndarray, number: int, rng: np.random.Generator) -> list[Question]:
     """
-    What else a model is shown to learn the words: `number` captions of a scene's frames; of a film in a world where
-    its other dots are, and what happens between `number` pairs of other moments.
+    What else a model is shown of a film in a world to learn the words: where its other dots are, and what happens
+    between `number` pairs of other moments.
     """
-    if film.world is None:
-        described = [item for time in times for item in captions(film.scene, time)]
-        return [*rng.permutation(np.array(described, dtype=object))[:number]]
-    dots = [dot for dot in film.dots if dot != _asked_dot(film)] if number else []
+    if film.world is None or not number:
+        return []
+    dots = [dot for dot in film.dots if dot != _asked_dot(film)]
     pairs = [(first, second) for second in times.tolist() for first in times.tolist() if first < second]
     pairs = [pair for pair in rng.permutation(pairs).tolist()[:number] if tuple(pair) != film.moments]
     return [*map(_where, dots), *(_between(film, *pair) for pair in pairs)]
