@@ -1,4 +1,4 @@
-"""docs/measurements.md, docs/study.md and the tables of README.md are what their command writes from the committed results."""
+"""docs/measurements.md, docs/study.md and the tables of README.md are what their command writes from the results."""
 
 import json
 import shutil
