@@ -53,9 +53,14 @@ def test_bundled_checkpoint_answers_as_it_did(world):
 
 def test_tables_of_worlds_say_what_the_runs_say():
     def run(row, seed, hits, **more):
-        return {"row": row, "seed": seed, "hits": {"handheld, short": {"a": hits, "b": hits}, **more}, "kept": {}}
+        return {
+            "row": row,
+            "seed": seed,
+            "hits": {"handheld, short": {"still shape": hits, "x": hits}, **more},
+            "kept": {},
+        }
 
-    quarter = {"handheld, short, 4 frames": {"a": "1000" * 25, "b": "1000" * 25}}
+    quarter = {"handheld, short, 4 frames": {"still shape": "1000" * 25}}
     runs = [run("stts 50", seed, "1110" * 25) for seed in (0, 1)] + [run("cosine 50", 0, "1100" * 25)]
     study = Study({"runs": [*runs, run("unpruned", 0, "1111" * 25, **quarter)]})
     assert worlds_tables.rows_of(study) == ["unpruned", "stts 50", "cosine 50"]
@@ -67,4 +72,4 @@ def test_tables_of_worlds_say_what_the_runs_say():
     rows = worlds_tables.equal_tokens_table(study).splitlines()
     assert "| 25.0 (" in rows[3] and "| +50.0 (" in rows[3] and rows[2].endswith("| - |")
     kinds = worlds_tables.kind_table(study, "handheld, short", {"x": ("stts 50", ""), "y": ("random 50", "")})
-    assert kinds.splitlines()[2:] == ["| a | 75 | - |", "| b | 75 | - |"]
+    assert kinds.splitlines()[2:] == ["| still shape | 75 | - |", "| x | 75 | - |"]

@@ -1,9 +1,12 @@
 """Tables of `worlds_study.py`. Intervals are 95 % bootstrap, paired over clips, with the seeds drawn anew."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..common import markdown_table
-from .tables import Study, text_of
+from .scenes import QUESTIONS
+from .tables import Study, matrix_of, text_of
 
 SHORT = ("still, short", "handheld, short", "screen, short")
 LONG = ("still, long", "handheld, long")
@@ -32,10 +35,13 @@ def rows_of(study: Study) -> list[str]:
     return [row for row in SHOWN if row in done] + sorted(row for row in done if row not in SHOWN)
 
 
-def hits_in(study: Study, row: str, evaluation: str) -> np.ndarray:
-    """As `Study.hits`, of the seeds that were asked this; empty where none was."""
+def hits_in(study: Study, row: str, evaluation: str, kinds: Sequence[str] = tuple(QUESTIONS)) -> np.ndarray:
+    """As `Study.hits`, of the questions that every world has, and of the seeds that were asked them; or empty."""
     runs = [run for run in study.results["runs"] if run["row"] == row and evaluation in run["hits"]]
-    return Study({"runs": runs}).hits(row, evaluation)
+    picked = [
+        {kind: run["hits"][evaluation][kind] for kind in kinds if kind in run["hits"][evaluation]} for run in runs
+    ]
+    return np.stack([matrix_of(hits) for hits in picked]) if runs else np.empty((0, 0, 0))
 
 
 def cell(study: Study, row: str, evaluation: str) -> str:
@@ -72,8 +78,8 @@ def difference_table(study: Study) -> str:
 
 def kind_table(study: Study, evaluation: str, columns: dict[str, tuple[str, str]]) -> str:
     """Right answers by kind of question; `columns` are rows and evaluations by their heading."""
-    hits = {name: hits_in(study, row, asked or evaluation) for name, (row, asked) in columns.items()}
-    kinds = next(run["hits"][evaluation] for run in study.results["runs"] if evaluation in run["hits"])
+    kinds = next(tuple(run["hits"][evaluation]) for run in study.results["runs"] if evaluation in run["hits"])
+    hits = {name: hits_in(study, row, asked or evaluation, kinds) for name, (row, asked) in columns.items()}
     lines = [
         [kind, *(f"{100 * found[:, index].mean():.0f}" if found.size else "-" for found in hits.values())]
         for index, kind in enumerate(kinds)
@@ -131,7 +137,10 @@ def seed_table(study: Study) -> str:
         for run in sorted((run for run in study.results["runs"] if run["row"] == row), key=lambda run: run["seed"]):
             alone = Study({"runs": [run]})
             lines.append(
-                [f"{shown(row)}, seed {run['seed']}", *(f"{100 * alone.hits(row, name).mean():.1f}" for name in SHORT)]
+                [
+                    f"{shown(row)}, seed {run['seed']}",
+                    *(f"{100 * hits_in(alone, row, name).mean():.1f}" for name in SHORT),
+                ]
             )
     return markdown_table(["right answers in %", *SHORT], lines)
 
