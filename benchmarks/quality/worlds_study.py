@@ -8,7 +8,7 @@ are not done again. Test clips are mp4 files, read by the processor. A row is as
 
 - as it was trained, about 8 beats, and in a hand about 16, of which it sees 8 frames;
 - and which blocks it keeps;
-- with the first seed also about 16 beats of a still world; about all 16 frames in a hand, which half pruned are as many
+- with seed 0 also about 16 beats of a still world; about all 16 frames in a hand, which half pruned are as many
   tokens as 8 whole frames; with 25 and 75 % pruned, and where it prunes nothing with 6, 4 and 2 whole frames.
 """
 
@@ -72,12 +72,12 @@ class Asked(NamedTuple):
     pruning: dict = {}
 
 
-def evaluations(name: str, is_first: bool) -> dict[str, Asked]:
-    """What a row is asked, by name; `is_first` of its seeds, or of one that is not trained, also what takes longer."""
+def evaluations(name: str, is_seed_0: bool) -> dict[str, Asked]:
+    """What a row is asked, by name; and with `is_seed_0` what takes longer."""
     row = ROWS[name]
     asked = {f"{world}, short": Asked(world) for world in WORLDS}
     asked["handheld, long"] = Asked("handheld", LONG_BEATS, clips=48)
-    if not row.is_trained or not is_first:
+    if not row.is_trained or not is_seed_0:
         return asked
     asked["still, long"] = Asked("still", LONG_BEATS, clips=48)
     if row.knobs["prune_ratio"] in (0.0, 0.5):
@@ -129,7 +129,7 @@ def train_row(baseline: str, name: str, seed: int, args: argparse.Namespace) -> 
     seconds["training"] = time.process_time() - began - seconds["warm-up"]
     model.eval()
     hits = {}
-    for evaluation, asked in evaluations(name, seed == args.seeds[0]).items():
+    for evaluation, asked in evaluations(name, seed == 0).items():
         batches = file_batches(processor, asked, args.runs / "clips")
         right = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **asked.pruning)
         hits[evaluation] = {kind: "".join(str(int(hit)) for hit in flags) for kind, flags in right.items()}
