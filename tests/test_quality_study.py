@@ -60,7 +60,7 @@ def test_tables_of_worlds_say_what_the_runs_say():
             "kept": {},
         }
 
-    quarter = {"handheld, short, 4 frames": {"still shape": "1000" * 25}}
+    quarter = {"handheld, short, 4 frames": {"still shape": "1000" * 20}}
     runs = [run("stts 50", seed, "1110" * 25) for seed in (0, 1)] + [run("cosine 50", 0, "1100" * 25)]
     study = Study({"runs": [*runs, run("unpruned", 0, "1111" * 25, **quarter)]})
     assert worlds_tables.rows_of(study) == ["unpruned", "stts 50", "cosine 50"]

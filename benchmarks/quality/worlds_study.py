@@ -68,20 +68,20 @@ class Asked(NamedTuple):
     world: str
     beats: int = NUM_FRAMES
     num_frames: int = NUM_FRAMES
-    clips: int = 64
+    clips: int = 48
     pruning: dict = {}
 
 
 def evaluations(name: str, is_seed_0: bool) -> dict[str, Asked]:
     """What a row is asked, by name; and with `is_seed_0` what takes longer."""
     row = ROWS[name]
-    asked = {f"{world}, short": Asked(world) for world in WORLDS}
-    asked["handheld, long"] = Asked("handheld", LONG_BEATS, clips=48)
+    asked = {f"{world}, short": Asked(world, clips=64 if world == "handheld" else 48) for world in WORLDS}
+    asked["handheld, long"] = Asked("handheld", LONG_BEATS)
     if not row.is_trained or not is_seed_0:
         return asked
-    asked["still, long"] = Asked("still", LONG_BEATS, clips=48)
+    asked["still, long"] = Asked("still", LONG_BEATS)
     if row.knobs["prune_ratio"] in (0.0, 0.5):
-        asked["handheld, long, 16 frames"] = Asked("handheld", LONG_BEATS, LONG_BEATS, clips=48)
+        asked["handheld, long, 16 frames"] = Asked("handheld", LONG_BEATS, LONG_BEATS)
     if row.knobs["prune_ratio"] == 0.0:
         for ratio in RATIOS:
             frames = round((1 - ratio) * NUM_FRAMES)

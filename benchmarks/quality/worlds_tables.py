@@ -50,11 +50,12 @@ def cell(study: Study, row: str, evaluation: str) -> str:
 
 
 def difference(study: Study, row: str, other: str, evaluation: str, of_other: str | None = None) -> str:
-    """Right answers of a row less those of another, on the same clips and with as many seeds."""
+    """Right answers of a row less those of another, on the clips that both were asked about, which come first."""
     first, second = hits_in(study, row, evaluation), hits_in(study, other, of_other or evaluation)
     if not first.size or not second.size:
         return "-"
-    return text_of(study.interval(first, minus=second), "{:+.1f}")
+    clips = min(first.shape[-1], second.shape[-1])
+    return text_of(study.interval(first[..., :clips], minus=second[..., :clips]), "{:+.1f}")
 
 
 def accuracy_table(study: Study, evaluations: tuple[str, ...]) -> str:
