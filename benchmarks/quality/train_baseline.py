@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from stts_molmo.tools.files import written_whole
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None):
         return sample_batch(processor, first_seed, size, stage.level, frames, *asked, worlds)[0]
 
     with torch_threads(args.threads):
-        fit(
+        best = fit(
             model,
             processor,
             optimizers,
@@ -134,6 +135,10 @@ def main(arguments: Sequence[str] | None = None):
             args.output,
             args.steps,
         )
+    if rank == 0:
+        facts = {"steps": args.steps, "batch_size": args.batch_size, "seed": args.seed, "held_out": round(best, 4)}
+        with written_whole(args.output / "best" / "training.json") as draft:
+            draft.write_text(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":

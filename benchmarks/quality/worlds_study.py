@@ -174,8 +174,7 @@ def main(arguments: Sequence[str] | None = None):
                     draft.write_text(json.dumps(done))
     done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale")}
-    state = torch.load(Path(args.baseline).parent / "state.pt")
-    settings["baseline"] = {"steps": state["step"], "held_out": round(state["best"], 4)}
+    settings["baseline"] = json.loads((Path(args.baseline) / "training.json").read_text())
     with written_whole(args.output) as draft:
         draft.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")
 
