@@ -10,7 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .scenes import FIRST_SEED, make_scene, questions, write_clip
+from .scenes import FIRST_SEED
+from .worlds import film_questions, make_film, write_clip
 
 BEATS = (8, 16)
 CARD = """---
@@ -41,10 +42,10 @@ def write_split(folder: Path, split: str, num_clips: int) -> None:
     (folder / split).mkdir(parents=True)
     rows = []
     for seed in range(FIRST_SEED[split], FIRST_SEED[split] + num_clips):
-        scene = make_scene(seed, beats=BEATS[seed % len(BEATS)])
+        film = make_film(seed, "still", beats=BEATS[seed % len(BEATS)])
         video = f"{split}/{seed}.mp4"
-        write_clip(str(folder / video), scene)
-        rows += [{"video": video, **vars(item)} for item in questions(scene)]
+        write_clip(str(folder / video), film)
+        rows += [{"video": video, **vars(item)} for item in film_questions(film)]
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -315,10 +315,3 @@ def write_mp4(path: str, frames: np.ndarray, fps: int, crf: int = 23, preset: st
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-
-
-def write_clip(path: str, scene: Scene, fps: int = 10, enlargement: int = 6) -> None:
-    """The whole scene as a video file whose last frame starts on the last beat."""
-    num_beats = round(scene.duration / scene.beat)
-    times = np.arange((num_beats - 1) * scene.beat * fps + 1) / fps
-    write_mp4(path, enlarge(render(scene, times), enlargement), fps)

@@ -184,14 +184,19 @@ def shoot(film: Film, times: np.ndarray) -> np.ndarray:
     return np.clip(frames, 0, 255).astype(np.uint8)
 
 
-def film_file(folder: Path, seed: int, world: str, beats: int, fps: int = 10) -> Path:
+def write_clip(path: str, film: Film, fps: int = 10, enlargement: int = 6, **compression) -> None:
+    """The whole film as a video file whose last frame starts on the last beat."""
+    num_beats = round(film.scene.duration / film.scene.beat)
+    times = np.arange((num_beats - 1) * film.scene.beat * fps + 1) / fps
+    write_mp4(path, enlarge(shoot(film, times), enlargement), fps, **compression)
+
+
+def film_file(folder: Path, seed: int, world: str, beats: int) -> Path:
     """The mp4 file of a film in half-second beats, hard on its compression; written unless it is in `folder`."""
     path = folder / f"{world}-{seed}-{beats}.mp4"
     if not path.exists():
-        film = make_film(seed, world, beats=beats)
-        times = np.arange((beats - 1) * film.scene.beat * fps + 1) / fps
         with written_whole(path) as draft:
-            write_mp4(str(draft), enlarge(shoot(film, times), 6), fps, crf=30, preset="veryfast")
+            write_clip(str(draft), make_film(seed, world, beats=beats), crf=30, preset="veryfast")
     return path
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoProcessor
 
-from benchmarks.quality.scenes import FIRST_SEED, make_scene, write_clip
+from benchmarks.quality.scenes import FIRST_SEED
+from benchmarks.quality.worlds import make_film, write_clip
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "checkpoints" / "stts-molmo-tiny"
@@ -98,7 +99,7 @@ def make_clips(folder: Path) -> list[Path]:
     clips = []
     for index in range(10):
         clips.append(folder / f"{index}.mp4")
-        write_clip(str(clips[-1]), make_scene(FIRST_SEED["demo"] + index, level=index % 3, beats=4 + index))
+        write_clip(str(clips[-1]), make_film(FIRST_SEED["demo"] + index, "still", level=index % 3, beats=4 + index))
     return clips
 
 
