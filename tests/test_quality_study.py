@@ -70,6 +70,6 @@ def test_tables_of_worlds_say_what_the_runs_say():
     mean, low, high = (float(number) for number in re.findall(r"[+-][\d.]+", gap))
     assert mean == 25 and 14 < low < 19 and 31 < high < 36
     rows = worlds_tables.equal_tokens_table(study).splitlines()
-    assert "| 25.0 (" in rows[3] and "| +50.0 (" in rows[3] and rows[2].endswith("| - |")
+    assert "| 25.0 (" in rows[3] and "| +50.0 (" in rows[3] and rows[4].endswith("| - |")
     kinds = worlds_tables.kind_table(study, "handheld, short", {"x": ("stts 50", ""), "y": ("random 50", "")})
     assert kinds.splitlines()[2:] == ["| still shape | 75 | - |", "| x | 75 | - |"]

@@ -159,19 +159,33 @@ def main(arguments: Sequence[str] | None = None):
     args = parser.parse_args(arguments)
     disable_progress_bar()
     (args.runs / "clips").mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale")}
+    settings["baseline"] = json.loads((Path(args.baseline) / "training.json").read_text())
+    known = read_runs(args.output, settings)
     for seed in args.seeds:
         for row in args.rows or ROWS:
             result = args.runs / f"{row}-{seed}.json".replace(" ", "_")
-            if not result.exists():
+            if not result.exists() and (row, seed) not in known:
                 print(f"{row}, seed {seed}", flush=True)
                 done = train_row(args.baseline, row, seed, args)
                 with written_whole(result) as draft:
                     draft.write_text(json.dumps(done))
-    done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
-    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale")}
-    settings["baseline"] = json.loads((Path(args.baseline) / "training.json").read_text())
+    done = [json.loads(file.read_text()) for file in args.runs.glob("*.json")]
+    known |= {(run["row"], run["seed"]): run for run in done}
+    runs = [known[key] for key in sorted(known)]
     with written_whole(args.output) as draft:
-        draft.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")
+        draft.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": runs}) + "\n")
+
+
+def read_runs(output: Path, settings: dict) -> dict[tuple[str, int], dict]:
+    """The rows that an earlier call wrote, by name and seed; a `ValueError` where it had other settings."""
+    if not output.exists():
+        return {}
+    results = json.loads(output.read_text())
+    differing = {name: results.get(name) for name, value in settings.items() if results.get(name) != value}
+    if differing:
+        raise ValueError(f"{output} has rows of other settings, {differing}; name another file with --output.")
+    return {(run["row"], run["seed"]): run for run in results["runs"]}
 
 
 if __name__ == "__main__":

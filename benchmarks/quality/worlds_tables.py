@@ -9,7 +9,8 @@ from .scenes import QUESTIONS
 from .tables import Study, matrix_of, text_of
 
 SHORT = ("still, short", "handheld, short", "screen, short")
-LONG = ("still, long", "handheld, long")
+LONG = ("handheld, long", "still, long, 16 frames", "handheld, long, 16 frames")
+STTS = ("stts 50 warm", "stts 50")
 NEW_THINGS = ("sign, new", "dot, new", "lamp, new", "star, new", "ball, new", "flicker", "background")
 SHOWN = {
     "unpruned": "no pruning",
@@ -22,6 +23,7 @@ SHOWN = {
     "tome 50": "token merging 50 %",
     "warm-up alone": "STTS 50 %, scorer warmed up, nothing else trained",
     "cosine, no training": "cosine 50 %, nothing trained",
+    "no pruning, no training": "no pruning, the baseline itself",
 }
 
 
@@ -68,12 +70,19 @@ def accuracy_table(study: Study, evaluations: tuple[str, ...]) -> str:
     )
 
 
+def whole(study: Study) -> str:
+    """The row without pruning: fine-tuned like the others, or the baseline itself while no such row was run."""
+    return "unpruned" if study.seeds("unpruned") else "no pruning, no training"
+
+
 def difference_table(study: Study) -> str:
-    pairs = [("stts 50", other) for other in ("cosine 50", "random 50", "unpruned")] + [("cosine 50", "unpruned")]
+    others = ("cosine 50", "random 50", whole(study))
+    pairs = [(row, other) for row in (*STTS, "cosine 50") for other in others if row != other]
     lines = [
         [f"{shown(row)} less {shown(other)}", *(difference(study, row, other, name) for name in SHORT)]
         for row, other in pairs
     ]
+    lines = [line for line in lines if set(line[1:]) != {"-"}]
     return markdown_table(["difference in points", *SHORT], lines)
 
 
@@ -89,29 +98,24 @@ def kind_table(study: Study, evaluation: str, columns: dict[str, tuple[str, str]
 
 
 def equal_tokens_table(study: Study) -> str:
-    """Pruned clips beside whole frames of as many tokens, in a hand."""
-    lines = []
-    for share, frames in (("25%", 6), ("50%", 4), ("75%", 2)):
-        asked = "handheld, short" if share == "50%" else f"handheld, short, {share} pruned"
-        whole = f"handheld, short, {frames} frames"
-        lines.append(
-            [
-                f"8 beats, {9 * frames} tokens: {share.replace('%', ' %')} of 8 frames, or {frames} whole frames",
-                *(cell(study, row, asked) for row in ("stts 50", "cosine 50", "random 50")),
-                cell(study, "unpruned", whole),
-                difference(study, "stts 50", "unpruned", asked, whole),
-            ]
-        )
-    asked = "handheld, long, 16 frames"
-    lines.append(
+    """Half of the tokens of many frames, beside as many tokens of half of the frames, whole."""
+    cases = [
+        (f"{world}, {beats} beats, {9 * frames} tokens", f"{world}, {half}", f"{world}, {full}")
+        for beats, frames, half, full in ((8, 4, "short", "short, 4 frames"), (16, 8, "long, 16 frames", "long"))
+        for world in ("still", "handheld")
+    ]
+    rows = [row for row in (*STTS, "cosine 50", "random 50") if study.seeds(row)]
+    lines = [
         [
-            "16 beats, 72 tokens: 50 % of 16 frames, or 8 whole frames",
-            *(cell(study, row, asked) for row in ("stts 50", "cosine 50", "random 50")),
-            cell(study, "unpruned", "handheld, long"),
-            difference(study, "stts 50", "unpruned", asked, "handheld, long"),
+            name,
+            *(cell(study, row, half) for row in rows),
+            cell(study, whole(study), full),
+            *(difference(study, row, whole(study), half, full) for row in rows[:1]),
         ]
-    )
-    return markdown_table(["", "STTS", "cosine", "random", "whole frames", "STTS less whole frames"], lines)
+        for name, half, full in cases
+    ]
+    less = [f"{shown(row)} less that" for row in rows[:1]]
+    return markdown_table(["", *map(shown, rows), "half of the frames, whole", *less], lines)
 
 
 def kept_table(study: Study, world: str) -> str:
@@ -148,19 +152,13 @@ def seed_table(study: Study) -> str:
 
 def all_tables(study: Study) -> dict[str, str]:
     """Every table by name."""
-    columns = {
-        "no pruning": ("unpruned", ""),
-        "STTS 50 %": ("stts 50", ""),
-        "cosine 50 %": ("cosine 50", ""),
-        "random 50 %": ("random 50", ""),
-    }
+    columns = {shown(row): (row, "") for row in (whole(study), *STTS, "cosine 50", "random 50") if study.seeds(row)}
+    frames = {"half of the frames, whole": (whole(study), "handheld, short, 4 frames")}
     return {
         "short": accuracy_table(study, SHORT),
         "long": accuracy_table(study, LONG),
         "differences": difference_table(study),
-        "kinds": kind_table(
-            study, "handheld, short", columns | {"4 whole frames": ("unpruned", "handheld, short, 4 frames")}
-        ),
+        "kinds": kind_table(study, "handheld, short", columns | frames),
         "screen_kinds": kind_table(study, "screen, short", columns),
         "equal_tokens": equal_tokens_table(study),
         "kept": kept_table(study, "handheld"),
