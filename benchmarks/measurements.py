@@ -92,7 +92,7 @@ def study_page(results: dict[str, dict]) -> str:
         study=study,
         tables=worlds_tables(study),
         hits=lambda *args: hits_in(study, *args),
-        source=source(results, "quality_worlds", study.seeds("stts 50")),
+        source=source(results, "quality_worlds", sorted({run["seed"] for run in study.results["runs"]})),
     )
 
 
