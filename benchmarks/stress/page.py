@@ -69,7 +69,8 @@ counted and not suffered.
 
 Not tried: what needs a GPU, a full disk, a machine that loses power, other FFmpeg builds than the one PyAV brings.
 
-Tried on {date} with {versions} on {hardware}; all sections took {seconds:.0f} seconds. From
+Tried on {date} with {versions} on {hardware}.
+All sections took {seconds:.0f} seconds, others at work on the machine or not. From
 [stress.json](../benchmarks/results/stress.json).
 """
 
