@@ -1,4 +1,4 @@
-.PHONY: demo test test-extras test-oldest test-vllm lint mutants lock audit
+.PHONY: demo test test-extras test-oldest test-vllm lint mutants stress lock audit
 
 CLIP ?= examples/clips/quiet.mp4
 EXTRA_TESTS := tests/test_adapters.py tests/test_trl.py tests/test_planning.py tests/test_serving.py \
@@ -34,14 +34,18 @@ lint: .venv/.test
 mutants: .venv/.test
 	.venv/bin/python -m benchmarks.mutants
 
+# Damaged files, hostile links, bombs, kills and threads, in ten minutes; writes docs/robustness.md.
+stress: .venv/.test
+	.venv/bin/python -m benchmarks.stress
+
 # The releases that the suite ran with last, those of the extras too.
 lock: .venv-extras/.test .venv-demo/.test .venv-eval/.test
 	echo "# Written by \`make lock\`: what the suite ran with on Linux." > constraints.txt
-	.venv-extras/bin/pip freeze --all --exclude pip --exclude-editable >> constraints.txt
+	.venv-extras/bin/python -m pip freeze --all --exclude pip --exclude-editable >> constraints.txt
 	echo "# Written by \`make lock\`: what the tests of the extra \`demo\` ran with on Linux." > constraints-demo.txt
-	.venv-demo/bin/pip freeze --all --exclude pip --exclude-editable >> constraints-demo.txt
+	.venv-demo/bin/python -m pip freeze --all --exclude pip --exclude-editable >> constraints-demo.txt
 	echo "# Written by \`make lock\`: what the tests of the extra \`eval\` ran with on Linux." > constraints-eval.txt
-	.venv-eval/bin/pip freeze --all --exclude pip --exclude-editable >> constraints-eval.txt
+	.venv-eval/bin/python -m pip freeze --all --exclude pip --exclude-editable >> constraints-eval.txt
 
 # Known vulnerabilities of these releases; asks a service on the network.
 audit:

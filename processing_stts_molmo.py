@@ -18,6 +18,7 @@ from urllib.request import url2pathname
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
+from PIL import Image
 from tokenizers import normalizers
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
 from transformers.configuration_utils import PreTrainedConfig
@@ -475,7 +476,9 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
         with self.named_file(image_url_or_urls) as image:
+            self.check_image_size(image)
             if isinstance(image, EncodedVideo):
+                image.file.seek(0)
                 image = "data:image/;base64," + base64.b64encode(image.file.read()).decode()
             try:
                 return super().fetch_images(image)
@@ -483,6 +486,21 @@ class STTSMolmoVideoProcessor(Molmo2VideoProcessor):
                 raise ValueError(
                     f"{quoted(image_url_or_urls)} cannot be read as an image ({quoted(error)})."
                 ) from error
+
+    def check_image_size(self, image: str) -> None:
+        """Raise a `ValueError` before a picture is decoded whose file declares more pixels than Pillow or we allow."""
+        try:
+            with Image.open(image.file if isinstance(image, EncodedVideo) else image) as header:
+                size = header.size
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{quoted(image)} is too large an image ({error}).") from error
+        except (OSError, ValueError):
+            return  # no picture: whoever decodes it says so
+        if max(size) > self.max_frame_size:
+            raise ValueError(
+                f"{quoted(image)} is an image of {size[0]} x {size[1]} pixels; at most {self.max_frame_size} a side "
+                "are decoded (`max_frame_size` of the video processor)."
+            )
 
     @contextlib.contextmanager
     def named_file(self, name: str) -> Iterator[str]:

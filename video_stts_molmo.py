@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 # Two clocks may differ in the last bit; a frame that starts less than this after a sample time counts as shown then.
 TIME_TOLERANCE = 1e-6  # seconds
 
-# A rate without a cap takes at most this many samples; more of them is a broken clock, or a slip.
+# At most so many samples are taken; more of them is a broken clock, or a slip.
 MAX_SAMPLES = 10**7
 
 # Times beyond this many ticks are broken, and sums of them would not fit into 64 bits.
@@ -530,6 +530,8 @@ def read_frame_index(video: str, max_frame_size: int = MAX_FRAME_SIZE) -> FrameI
         keyframes = np.unique(pts[is_keyframe]) if is_keyframe.any() else pts[:1]
         # Nothing before the first key frame can be decoded, in a recording that starts amid a stream.
         shown = np.unique(pts[~is_discard & (pts >= keyframes[0])])
+        if not len(shown):
+            raise ValueError(f"No frame of {quoted(video)} can be decoded; the file is damaged.")
         if num_restarts:
             logger.warning(
                 f"{quoted(video)} has a clock that goes back {num_restarts} times, as that of recordings that were "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from stts_molmo.configuration_stts_molmo import STTSMolmoConfig
+from stts_molmo.tools.files import written_whole
 from stts_molmo.tools.operations import grid_sizes
 
 from .common import ROOT, markdown_table
@@ -131,8 +132,9 @@ def write(root: Path = ROOT):
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     study = Study(results["quality_study"])
     (root / "docs").mkdir(exist_ok=True)
-    (root / "docs" / "measurements.md").write_text(page(results, study), encoding="utf-8")
-    (root / "docs" / "study.md").write_text(study_page(results), encoding="utf-8")
+    for name, text in (("measurements", page(results, study)), ("study", study_page(results))):
+        with written_whole(root / "docs" / f"{name}.md") as draft:
+            draft.write_text(text, encoding="utf-8")
     for name, result in results.items():
         if is_speed(result):
             plot(result, folder / f"{name}.png")
@@ -140,7 +142,8 @@ def write(root: Path = ROOT):
     text = (root / "README.md").read_text(encoding="utf-8")
     for name, table in summaries(results, study).items():
         text = fill(text, name, table)
-    (root / "README.md").write_text(text, encoding="utf-8")
+    with written_whole(root / "README.md") as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -99,23 +99,23 @@ def test_packets_that_the_container_marks_are_counted(caplog):
     assert "marked as corrupt" in caplog.text
 
 
-DAMAGES = {
-    # a codec that nobody knows, a container that appears in mid-file, a time before the first, no frames to sample
-    "mov": 27,
-    "asf": 0,
-    "nut": 9,
-    "mpegts": 63,
-    "webm": 21,
-}
+# A codec that nobody knows, a container that appears in mid-file, a time before the first, no frames to sample, and
+# nothing to show from the first key frame on.
+DAMAGES = [
+    ("mov", [1, 27]),
+    ("asf", [1, 0]),
+    ("nut", [1, 9]),
+    ("mpegts", [1, 63]),
+    ("webm", [1, 21]),
+    ("mp4", [11, 12540]),
+]
 
 
-@pytest.mark.parametrize("container", DAMAGES)
-def test_damage_found_by_the_fuzzer(container, video_processor):
+@pytest.mark.parametrize(("container", "seed"), DAMAGES, ids=str)
+def test_damage_found_by_the_fuzzer(container, seed, video_processor):
     """Frames in order, or a sentence."""
     try:
-        (frames,), (metadata,) = video_processor.sample_videos(
-            damaged(write_container(container), [1, DAMAGES[container]])
-        )
+        (frames,), (metadata,) = video_processor.sample_videos(damaged(write_container(container), seed))
     except ValueError as error:
         assert type(error) is ValueError and str(error).endswith((".", ")"))
     else:

@@ -17,6 +17,8 @@ from PIL import Image
 from stts_molmo.download_stts_molmo import download, is_public
 from stts_molmo.processing_stts_molmo import LIMITS, STTSMolmoProcessor, STTSMolmoVideoProcessor
 
+from benchmarks.stress.bombs import picture as make_picture
+
 MEGABYTE = 2**20
 
 
@@ -68,13 +70,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(("Location", "/round"), status=302)
         else:
             self.answer()
-            self.wfile.write(b"all")
+            self.wfile.write(self.server.files.get(self.path, b"all"))
 
 
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("", 0), Handler)
-    server.asked, server.taken, server.is_over = [], 0, threading.Event()
+    server.asked, server.taken, server.is_over, server.files = [], 0, threading.Event(), {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -297,11 +299,26 @@ def test_images_are_fetched_within_the_same_limits(server, picture):
     assert server.asked == ["/file"]
 
 
-def test_an_image_has_the_values_of_the_native_processor(picture):
+def test_an_image_has_the_values_of_the_native_processor(server, picture):
     processor = STTSMolmoProcessor.from_pretrained(TINY)
+    processor.video_processor.allow_private_hosts = True
     native = processor.image_processor(str(picture), return_tensors="pt")
-    for name in (str(picture), picture.as_uri(), data_link(picture, "image/png")):
+    server.files["/picture"] = picture.read_bytes()
+    for name in (str(picture), picture.as_uri(), data_link(picture, "image/png"), f"{server.url}/picture"):
         assert torch.equal(ask(processor, "image", name)["pixel_values"], native["pixel_values"])
+
+
+def test_images_that_declare_too_many_pixels_are_not_decoded(picture):
+    """The first in a file of 14 KB: as RGB it takes 2.7 GB."""
+    link = "data:image/png;base64," + base64.b64encode(make_picture(30_000, 30_000)).decode()
+    processor = STTSMolmoProcessor.from_pretrained(TINY)
+    for kind, value in (("image", link), ("video", [link])):
+        with pytest.raises(ValueError, match="is too large an image .*900000000 pixels"):
+            ask(processor, kind, value)
+    width, height = Image.open(picture).size
+    processor.video_processor.max_frame_size = max(width, height) - 1
+    with pytest.raises(ValueError, match=f"is an image of {width} x {height} pixels; at most {max(width, height) - 1}"):
+        ask(processor, "image", str(picture))
 
 
 def test_audio_in_a_chat_is_refused_before_it_is_fetched(server):

@@ -58,8 +58,7 @@ def test_a_killed_writer_s_scratch_folder_goes_with_the_next_run(slow_writer, tm
     assert target.read_text() == "new" and sorted(os.listdir(tmp_path)) == [other.name, "result.json"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
-def test_a_conversion_that_is_ended_leaves_nothing(number, tmp_path):
+def test_a_conversion_that_is_ended_leaves_nothing(tmp_path):
     """In each folder that a file appears in, the process is ended the moment it does."""
     make_native().save_pretrained(tmp_path / "source")
     command = [sys.executable, "-m", "stts_molmo.tools.entry", "convert", tmp_path / "source", tmp_path / "stts"]
@@ -68,9 +67,9 @@ def test_a_conversion_that_is_ended_leaves_nothing(number, tmp_path):
     ) as process:
         while not list(tmp_path.glob(".stts.*.partial/stts/*")) and process.poll() is None:
             time.sleep(0.001)
-        process.send_signal(number)
+        process.terminate()
         _, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, -number) and b"Traceback" not in errors
+    assert process.returncode not in (0, -signal.SIGTERM) and b"Traceback" not in errors
     assert os.listdir(tmp_path) == ["source"]
 
 

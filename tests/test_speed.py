@@ -12,7 +12,9 @@ from stts_molmo.tools.operations import Shape, attention, forward_operations, la
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import torch_threads
+from benchmarks.processes import apart
 from benchmarks.speed.bench import VIT_STAGES
+from benchmarks.speed.large import added_bytes, read_frame_by_frame, write_large_clip
 from benchmarks.speed.measuring import CpuClock, WallClock, describe, ratios, take_turns
 from benchmarks.speed.memory import peak_rss
 from benchmarks.speed.models import build_models, call, encode, encode_training_step, make_inputs
@@ -48,6 +50,7 @@ def test_every_section_has_its_rows(result):
     assert rows["ask"] == {"k=0", "k=0.5"}
     assert rows["pooling"] == {"SDPA", "torch"}
     assert rows["packing"] == {"packed", "unpacked"}
+    assert rows["large clip"] == {"frame by frame", "all, then resized"}
 
 
 def test_a_table_for_every_section_that_is_no_plot(result):
@@ -236,3 +239,9 @@ def test_one_section_with_or_without_checkpointing(tmp_path):
     result = json.loads(path.read_text())
     assert {record["section"] for record in result["records"]} == {"vit forward", "vit training"}
     assert result["gradient_checkpointing"] is False
+
+
+def test_a_clip_in_4k_takes_less_memory_than_500_mb(tmp_path):
+    """Above what the process has before; what is there at a time is the decoder's frames and one of ours."""
+    write_large_clip(tmp_path / "clip.mp4", 3840, 2160)
+    assert apart(added_bytes, read_frame_by_frame, str(tmp_path / "clip.mp4")) < 500 * 2**20

@@ -18,6 +18,8 @@ from stts_molmo.tools.conversion import convert_checkpoint
 from stts_molmo.tools.files import locate_tensors
 from stts_molmo.tools.prompts import render_prompt
 
+from benchmarks.stress.bombs import SIZES, TEMPLATES
+
 INDEX = "model.safetensors.index.json"
 CHAT = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which shape?"}]}]
 
@@ -138,22 +140,6 @@ def test_weights_that_are_no_floats_are_refused(source, tmp_path, dtype):
 # Configurations
 # ----------------------------------------------------------------------------------------------------------------------
 
-SIZES = [
-    ("text_config", "num_hidden_layers", 10_000_000),
-    ("text_config", "num_hidden_layers", 257),
-    ("text_config", "num_hidden_layers", 0),
-    ("text_config", "vocab_size", 10**10),
-    ("text_config", "hidden_size", 10**12),
-    ("text_config", "head_dim", 10**10),
-    ("text_config", "num_attention_heads", -4),
-    ("text_config", "max_position_embeddings", 10**15),
-    ("vision_config", "num_hidden_layers", 10**18),
-    ("vision_config", "patch_size", 0),
-    ("vision_config", "patch_size", 10**9),
-    ("vision_config", "image_size", [378, 10**9]),
-    ("adapter_config", "intermediate_size", 10**11),
-]
-
 
 @pytest.mark.parametrize(("section", "name", "value"), SIZES)
 def test_sizes_that_no_model_has(source, checkpoint, tmp_path, section, name, value):
@@ -211,31 +197,6 @@ def test_any_value_in_a_config_is_read_or_refused(tmp_path, value):
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat templates
 # ----------------------------------------------------------------------------------------------------------------------
-
-TEMPLATES = {
-    "never ends": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "still running"),
-    "never ends in a filter": (
-        "{% for a in range(9999) %}{{ range(99999) | map('int') | sum }}{% endfor %}",
-        "running",
-    ),
-    "a power": ("{{ 9 ** 9 ** 9 }}", r"powers \(`\*\*`\)"),
-    "growing numbers": (
-        "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-        "still running|memory",
-    ),
-    "growing text": (
-        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "memory|still running",
-    ),
-    "a text of terabytes": ("{{ 'a' * 100000000000000 }}", "Memory|memory"),
-    "a long prompt": ("{{ 'a' * 9000000 }}", "it writes 9,000,000 characters"),
-    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    "syntax": ("{% for", "unexpected .end of template"),
-    "its own error": ("{{ raise_exception('no systems') }}", "no systems"),
-    "division": ("{{ 1 // 0 }}", "division"),
-    "way out": ("{{ messages.__class__.__mro__ }}", "unsafe"),
-    "absent": (None, "does not have a chat template"),
-}
 
 
 @pytest.mark.parametrize(("template", "reason"), TEMPLATES.values(), ids=TEMPLATES)

@@ -34,15 +34,7 @@ def render_prompt(processor: ProcessorMixin, messages: list[dict]) -> str:
             prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         if len(prompt) > MAX_CHARACTERS + sum(map(len, texts_of(messages))):
             raise ValueError(f"it writes {len(prompt):,} characters")
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except FAILURES as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"The checkpoint's chat template cannot be used: {reason}; mend or replace it.") from error
     return prompt

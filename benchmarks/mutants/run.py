@@ -19,10 +19,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..processes import apart
 from .mutation import Mutation
 from .mutations import MUTATIONS
 from .page import PAGE, ROOT, render
@@ -135,6 +136,9 @@ def copy_tree(folder: Path) -> Path:
     return root
 
 
+# These two import the package, which in the process that starts the tests would take the place of the copy: `apart`.
+
+
 def read_records() -> dict[str, dict]:
     """The records in the file by description; none where they are of another machine or other versions."""
     from ..common import provenance
@@ -163,15 +167,6 @@ def write_records(by_what: dict[str, dict]) -> dict:
     with written_whole(RESULT) as draft:
         draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def apart(function: Callable, *arguments):
-    """
-    What `function` gives in a process of its own. It may import the package, which in this process would take the place
-    of the copy that tests run on.
-    """
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def try_all(mutations: Sequence[Mutation], by_what: dict[str, dict]) -> dict:

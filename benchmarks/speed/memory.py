@@ -2,18 +2,12 @@
 
 import dataclasses
 import multiprocessing
-from pathlib import Path
 
 from ..common import torch_threads
+from ..processes import peak_resident_bytes
 from .bench import Bench
 from .models import build_models, make_inputs, training_step
 from .presets import HALF, NATIVE, UNPRUNED, Preset, Row
-
-
-def peak_resident_bytes() -> int:
-    """High-water mark of this program. Not `ru_maxrss`: that begins with what the parent process had."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(status["VmHWM"].split()[0])
 
 
 @torch_threads(1)

@@ -42,6 +42,7 @@ class Preset:
     growth_ratios: tuple[float, ...]
     parity_rounds: int
     clip_seconds: tuple[int, ...]
+    large_size: tuple[int, int]
     packing: tuple[Shape, ...]
 
 
@@ -109,6 +110,7 @@ PRESETS = {
         growth_ratios=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
         parity_rounds=5,
         clip_seconds=(20, 120),
+        large_size=(3840, 2160),
         packing=tuple(Shape(1, frames, 64, 10 * frames) for frames in (64, 8, 16, 32, 8, 16, 64, 8)),
     ),
     "cpu": Preset(
@@ -129,6 +131,7 @@ PRESETS = {
         growth_ratios=(0.0, 0.3, 0.5, 0.7, 0.9),
         parity_rounds=31,
         clip_seconds=(20, 120),
+        large_size=(3840, 2160),
         packing=tuple(map(scaled_shape, (16, 2, 4, 8, 2, 4, 16, 2))),
     ),
     "dry-run": Preset(
@@ -149,6 +152,7 @@ PRESETS = {
         growth_ratios=(0.0, 0.5),
         parity_rounds=1,
         clip_seconds=(2,),
+        large_size=(512, 256),
         packing=tuple(map(scaled_shape, (4, 1, 2, 1))),
     ),
 }

@@ -7,6 +7,7 @@ from functools import partial
 from .ask import measure_ask
 from .bench import VIT_STAGES, Bench
 from .decoding import measure_clip
+from .large import measure_large
 from .memory import measure_memory
 from .models import encode_step, encode_training_step, generate, prefill_step, training_step
 from .packing import measure_packing
@@ -85,6 +86,7 @@ SECTIONS = {
     "stages": measure_stages,
     "pooling": measure_pooling,
     "clip": measure_clip,
+    "large": measure_large,
     "ask": measure_ask,
     "parity": measure_parity,
     "packing": measure_packing,

@@ -163,6 +163,22 @@ def clip_table(records: list[dict]) -> str:
     )
 
 
+def large_table(records: list[dict]) -> str:
+    """Reading a clip of high resolution."""
+    chosen = [record for record in records if record["section"] == "large clip"]
+    rows = [
+        [
+            record["name"],
+            f"{record['added_bytes'] / 2**20:.0f}",
+            f"{record['seconds']['median']:.1f}",
+            f"{record['times_frame_by_frame']['median']:.2f}",
+        ]
+        for record in chosen
+    ]
+    what = "{frames} frames of {width} x {height}".format(**chosen[0])
+    return markdown_table([what, "MB added at the peak", "CPU s", "times the first"], rows)
+
+
 def growth_table(records: list[dict]) -> str:
     """Seconds of a prefill, and the speed at k = 0.5 beside what the operations saved allow."""
     names = ("native", "k=0", "k=0.5")
@@ -190,6 +206,7 @@ TABLES = {
     "packing": (packing_table, ("packing",)),
     "growth": (growth_table, ("growth with frames",)),
     "clip": (clip_table, ("clip",)),
+    "large": (large_table, ("large clip",)),
 }
 
 

@@ -66,19 +66,19 @@ def flip_bits(data: bytearray, rng: np.random.Generator) -> bytearray:
 
 def overwrite(data: bytearray, rng: np.random.Generator) -> bytearray:
     start = int(rng.integers(len(data)))
-    length = int(rng.integers(1, 1 + len(data) // 4))
+    length = int(rng.integers(1, 1 + max(1, len(data) // 4)))
     noise = rng.integers(0, 256, length, dtype=np.uint8).tobytes() if rng.random() < 0.5 else bytes(length)
     data[start : start + length] = noise[: len(data) - start]
     return data
 
 
 def cut_end(data: bytearray, rng: np.random.Generator) -> bytearray:
-    return data[: int(rng.integers(1, len(data)))]
+    return data[: int(rng.integers(1, max(2, len(data))))]
 
 
 def cut_out(data: bytearray, rng: np.random.Generator) -> bytearray:
     start = int(rng.integers(len(data)))
-    del data[start : start + int(rng.integers(1, 1 + len(data) // 3))]
+    del data[start : start + int(rng.integers(1, 1 + max(1, len(data) // 3)))]
     return data
 
 

@@ -1,0 +1,17 @@
+"""Work in a process of its own, and what memory it takes."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+
+def apart(function: Callable, *arguments):
+    """What `function` gives, or raises, in a process that is forked for it: what it imports and keeps goes with it."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_resident_bytes() -> int:
+    """High-water mark of this program. Not `ru_maxrss`: that begins with what the parent process had."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
