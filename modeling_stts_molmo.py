@@ -553,7 +553,8 @@ class STTSMolmoModel(OwnCodeMixin, Molmo2Model):
         """
         As [`Molmo2Model.forward`], with videos pruned. Hidden states keep the input's length; attentions and the
         cache, if any, are of the surviving positions only. Rows without `attention_mask` whose `position_ids` begin
-        anew hold several packed samples, which do not see each other (natively their vision tokens do).
+        anew hold several packed samples, which do not see each other (natively their vision tokens do); position -1 is
+        padding.
 
         Args:
             prune_ratio, method, max_vision_tokens: see [`~STTSMolmoModel.get_video_features`].
@@ -633,7 +634,10 @@ class STTSMolmoModel(OwnCodeMixin, Molmo2Model):
                 is_whole = value.shape[1] > placeholders.shape[1]
                 cached[name] = value[:, :num_cached] if is_whole else value.new_full((len(value), num_cached), fill)
                 inputs = inputs | {name: value[:, -placeholders.shape[1] :]}
-        compaction = plan_compaction(placeholders, video.keep_mask, inputs["attention_mask"])
+        attended = inputs["attention_mask"]
+        if attended is None and inputs["position_ids"] is not None:  # packed rows have no mask
+            attended = (inputs["position_ids"] >= 0).expand_as(placeholders)
+        compaction = plan_compaction(placeholders, video.keep_mask, attended)
         inputs = compact_inputs(inputs, compaction, self.pad_token_id)
         return inputs | {n: torch.cat([value, inputs[n]], dim=1) for n, value in cached.items()}, compaction
 

@@ -44,7 +44,7 @@ def test_rows_hold_whole_samples_and_their_videos(processor):
     assert "attention_mask" not in batch and len(batch["input_ids"]) < len(EXAMPLES)
     seen = []
     for row, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
-        starts = [*torch.where(positions == 0)[0].tolist(), len(row)]
+        starts = [*torch.where(positions == 0)[0].tolist(), int((positions >= 0).sum())]
         seen += [row[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
     expected = [sample["input_ids"][0].tolist() for sample in alone]
     assert sorted(ids for ids in seen if any(ids)) == sorted(expected)
@@ -89,6 +89,20 @@ def test_loss_and_gradients_are_those_of_the_unpacked_batch(processor, rows, num
     assert our_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_padding_is_pruned_too(processor):
+    """A row of text is padded to what a video's row has before it is pruned, and is no longer than that afterwards."""
+    model, lengths = make_tokenized_model().train(), []
+    config = model.config.stts_config
+    longest = length_after_pruning(collate(processor, examples=EXAMPLES[:1]), config)
+    batch = collate(processor, longest, config, EXAMPLES[:2])
+    assert len(batch["input_ids"]) == 2 and batch["input_ids"].shape[1] > longest
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model(**batch)
+    assert lengths == [longest]
 
 
 def test_a_sample_longer_than_a_row(processor):

@@ -176,7 +176,7 @@ class VideoQACollator:
 
 
 # What a batch holds for each position, and what stands where a row is shorter than the longest one.
-ALIGNED = {"input_ids": 0, "mm_token_type_ids": 0, "position_ids": 0, "labels": -100}
+ALIGNED = {"input_ids": 0, "mm_token_type_ids": 0, "position_ids": -1, "labels": -100}
 
 
 def length_after_pruning(sample: BatchFeature, stts_config: PreTrainedConfig | None) -> int:
@@ -204,7 +204,7 @@ def pack_samples(
 
     Returns:
         `input_ids`, `mm_token_type_ids`, `position_ids` and `labels`: int64 `(rows, sequence)`, and images and videos
-        in the order of their placeholders. What pads a shorter row is a sample of its own, without labels.
+        in the order of their placeholders. What pads a shorter row is at position -1, and goes with what is pruned.
 
     Raises:
         ValueError: a sample is longer than `max_length`.
@@ -226,7 +226,7 @@ def pack_samples(
     for name, fill in ALIGNED.items():
         joined = [torch.cat([samples[i][name][0] for i in row]) for row in rows]
         pads = [width - len(values) for values in joined]
-        tails = [torch.arange(n) if name == "position_ids" else torch.full((n,), fill) for n in pads]
+        tails = [torch.full((n,), fill) for n in pads]
         batch[name] = torch.stack([torch.cat(pair) for pair in zip(joined, tails, strict=True)])
     return BatchFeature(batch | join_media([samples[i] for row in rows for i in row]))
 
