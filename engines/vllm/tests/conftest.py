@@ -61,15 +61,17 @@ class Engine:
             for ask in asks
         ]
 
-    def outputs(self, requests: list[dict]) -> list:
+    def outputs(self, requests: list[dict], **kwargs) -> list:
         from vllm import SamplingParams
 
         lengths = {"max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS}
-        return self.llm.generate(requests, SamplingParams(temperature=0, logprobs=0, **lengths), use_tqdm=False)
+        return self.llm.generate(
+            requests, SamplingParams(temperature=0, logprobs=0, **lengths), use_tqdm=False, **kwargs
+        )
 
-    def __call__(self, asks: list[Ask]) -> list[Answer]:
+    def __call__(self, asks: list[Ask], **kwargs) -> list[Answer]:
         answers = []
-        for output in self.outputs(self.requests(asks)):
+        for output in self.outputs(self.requests(asks), **kwargs):
             (written,) = output.outputs
             logprobs = [step[token].logprob for step, token in zip(written.logprobs, written.token_ids, strict=True)]
             answers.append(Answer(list(written.token_ids), logprobs, len(output.prompt_token_ids)))

@@ -2,12 +2,10 @@
 
 import pytest
 from helpers import BLOCK_SIZE, LOGPROB_TOLERANCE, QUESTIONS, Ask
-from vllm import SamplingParams
 
 
 def generate(engine, asks) -> list:
-    params = SamplingParams(max_tokens=8, min_tokens=8, temperature=0, logprobs=0)
-    return engine.llm.generate(engine.requests(asks), params, use_tqdm=False)
+    return engine.outputs(engine.requests(asks))
 
 
 def assert_right(output, answer):

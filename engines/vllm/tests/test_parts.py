@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from stts_molmo.configuration_stts_molmo import Pruning, STTSConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm_stts_molmo.attention import visible_keys, vision_order
-from vllm_stts_molmo.options import check_engine, find_options
+from vllm_stts_molmo.options import EngineOptions, find_options
 from vllm_stts_molmo.processing import pruned_ids
 
 PATCH = 9
@@ -153,6 +154,19 @@ def engine_config(**changed):
     ],
 )
 def test_engines_that_would_answer_wrongly_are_refused(name, value, message):
-    check_engine(engine_config())
+    EngineOptions.verify_and_update_config(engine_config())
     with pytest.raises(ValueError, match=message):
-        check_engine(engine_config(**{name: value}))
+        EngineOptions.verify_and_update_config(engine_config(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "pass --no-enable-chunked-prefill"),
+        ({"enable_chunked_prefill": False, "video_pruning_rate": 0.5}, "pass --mm-processor-kwargs"),
+        ({"enable_chunked_prefill": False, "pipeline_parallel_size": 2}, "use --tensor-parallel-size"),
+    ],
+)
+def test_vllm_asks_before_it_starts(checkpoint, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(str(checkpoint), max_model_len=512, max_num_batched_tokens=512, **arguments).create_engine_config()

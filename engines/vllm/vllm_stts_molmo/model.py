@@ -12,7 +12,6 @@ from vllm.model_executor.models.transformers import TransformersMultiModalForCau
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .attention import VisionAttention, attach_vision_passes
-from .options import check_engine
 from .processing import DummyVideoBuilder, VideoProcessingInfo, VideoProcessor
 
 FIELDS = ("pixel_values_videos", "video_token_pooling", "video_grid", "video_ids", "is_vision", "num_kept", "method")
@@ -26,7 +25,6 @@ class STTSMolmoForConditionalGeneration(TransformersMultiModalForCausalLM):
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
-        check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.is_vision: torch.Tensor | None = None  # of the step between `embed_input_ids` and `forward`
 

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from stts_molmo.configuration_stts_molmo import Pruning, STTSConfig
 from stts_molmo.generation_stts_molmo import PRUNING_OPTIONS, first_pruning
 from stts_molmo.processing_stts_molmo import STTSMolmoVideoProcessor
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 # A request's own: frames are chosen by the first two or by the third.
 SAMPLING_OPTIONS = ("num_frames", "max_fps", "fps", "test_time_scaling")
@@ -60,31 +61,33 @@ def find_options(
     return RequestOptions(pruning, sampling)
 
 
-def check_engine(vllm_config) -> None:
-    """
-    Refuse what this plugin would answer wrongly.
+class EngineOptions(VerifyAndUpdateConfig):
+    """What vLLM asks about an engine's configuration before it starts a process for it."""
 
-    Raises:
-        ValueError: the message names the option, and what to pass.
-    """
-    refused = {
-        "chunked prefill, which would part vision tokens that see each other; pass --no-enable-chunked-prefill and "
-        "a --max-num-batched-tokens of --max-model-len or more": vllm_config.scheduler_config.enable_chunked_prefill,
-        "--video-pruning-rate, which prunes after the vision transformer; pass --mm-processor-kwargs "
-        "'{\"prune_ratio\": 0.5}'": vllm_config.model_config.multimodal_config.video_pruning_rate,
-        "pipeline parallelism: only the first stage knows which tokens are vision; use --tensor-parallel-size": (
-            vllm_config.parallel_config.pipeline_parallel_size > 1
-        ),
-        "context parallelism, in which no process has a prompt's keys in order": (
-            vllm_config.parallel_config.decode_context_parallel_size > 1
-            or vllm_config.parallel_config.prefill_context_parallel_size > 1
-        ),
-        "micro-batches (--enable-dbo), which part a step's tokens": vllm_config.parallel_config.enable_dbo,
-        "speculative decoding, which was never tried": vllm_config.speculative_config is not None,
-        "LoRA on the vision tower or its connector; adapters may be on the language model": (
-            vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora
-        ),
-    }
-    for reason, is_asked in refused.items():
-        if is_asked:
-            raise ValueError(f"vllm-stts-molmo does not serve with {reason}.")
+    @staticmethod
+    def verify_and_update_config(vllm_config) -> None:
+        """
+        Refuse what this plugin would answer wrongly.
+
+        Raises:
+            ValueError: the message names the option, and what to pass.
+        """
+        scheduler, parallel, lora = vllm_config.scheduler_config, vllm_config.parallel_config, vllm_config.lora_config
+        context_parallel = parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+        refused = {
+            "chunked prefill, which would part vision tokens that see each other; pass --no-enable-chunked-prefill and "
+            "as --max-num-batched-tokens at least --max-model-len": scheduler.enable_chunked_prefill,
+            "--video-pruning-rate, which prunes after the vision transformer; pass --mm-processor-kwargs "
+            "'{\"prune_ratio\": 0.5}'": vllm_config.model_config.multimodal_config.video_pruning_rate,
+            "pipeline parallelism: only the first stage knows which tokens are vision; use "
+            "--tensor-parallel-size": parallel.pipeline_parallel_size > 1,
+            "context parallelism, in which no process has a prompt's keys in order": max(context_parallel) > 1,
+            "micro-batches (--enable-dbo), which part a step's tokens": parallel.enable_dbo,
+            "speculative decoding, which was never tried": vllm_config.speculative_config is not None,
+            "LoRA on the vision tower or its connector; adapters may be on the language model": (
+                lora is not None and lora.enable_tower_connector_lora
+            ),
+        }
+        for reason, is_asked in refused.items():
+            if is_asked:
+                raise ValueError(f"vllm-stts-molmo does not serve with {reason}.")

@@ -1,0 +1,20 @@
+"""The load benchmark runs on this engine."""
+
+import json
+import sys
+
+from benchmarks.load.presets import PRESETS, RATIOS
+from benchmarks.load.run import main
+
+
+def test_every_request_is_answered_and_counted(tmp_path):
+    preset, output = PRESETS["dry-run"], tmp_path / "load.json"
+    main(["--preset", "dry-run", "--python", sys.executable, "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert result["versions"]["vllm"]
+    cells = {(cell["concurrency"], cell["prune_ratio"]): cell for cell in result["cells"]}
+    assert set(cells) == {(clients, ratio) for clients in preset.concurrency for ratio in RATIOS}
+    for clients in preset.concurrency:
+        kept, *pruned = (cells[clients, ratio] for ratio in RATIOS)
+        assert all(cell["requests"] == preset.requests * clients for cell in (kept, *pruned))
+        assert kept["kv_tokens"] > pruned[0]["kv_tokens"] > pruned[1]["kv_tokens"]
