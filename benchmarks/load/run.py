@@ -22,7 +22,8 @@ from itertools import count
 from pathlib import Path
 
 from ..common import provenance
-from ..quality.scenes import FIRST_SEED, make_scene, write_clip
+from ..quality.scenes import FIRST_SEED
+from ..quality.worlds import make_film, write_clip
 from ..speed.measuring import summary
 from ..speed.models import SEED
 from .checkpoint import write_checkpoint
@@ -103,7 +104,7 @@ def run(preset: Preset, python: Path, folder: Path) -> Iterator[list[dict]]:
     videos = []
     for frames in preset.num_frames:
         videos.append(folder / f"{frames}.mp4")
-        write_clip(str(videos[-1]), make_scene(FIRST_SEED["demo"], beats=frames))
+        write_clip(str(videos[-1]), make_film(FIRST_SEED["demo"], "still", beats=frames))
     write_checkpoint(preset.config, preset.dtype, max(preset.num_frames), folder / "checkpoint")
     numbers, cells = count(), []
     with serve(python, folder / "checkpoint", preset, folder / "log.txt") as port:

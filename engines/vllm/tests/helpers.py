@@ -1,4 +1,4 @@
-"""What the tests share: a trained checkpoint with heads that the CPU's kernels have, and Transformers' answers."""
+"""What the tests share: a trained checkpoint with heads that the CPU's kernels have, and both engines' answers."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from stts_molmo import STTSMolmoForConditionalGeneration, STTSMolmoProcessor
+from vllm import LLM, SamplingParams
 
 from benchmarks.quality.scenes import FIRST_SEED
 from benchmarks.quality.worlds import make_film, write_clip
@@ -141,3 +142,44 @@ class Reference:
             logits[0].log_softmax(-1)[token].item() for logits, token in zip(output.logits, tokens, strict=True)
         ]
         return Answer(tokens, logprobs, output.hidden_states[0][0].shape[1])
+
+
+class Engine:
+    """vLLM in a process of its own, as it runs by default: there it changes the class of the language model."""
+
+    def __init__(self, checkpoint, reference, **options):
+        self.reference = reference
+        self.llm = LLM(
+            str(checkpoint),
+            dtype="float32",
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            max_model_len=MAX_TOKENS,
+            max_num_batched_tokens=4 * MAX_TOKENS,
+            block_size=BLOCK_SIZE,
+            **options,
+        )
+
+    def requests(self, asks: list[Ask]) -> list[dict]:
+        return [
+            {
+                "prompt": self.reference.prompt(ask),
+                "multi_modal_data": {"video": ask.clip.read_bytes()},
+                "mm_processor_kwargs": ask.options,
+            }
+            for ask in asks
+        ]
+
+    def outputs(self, requests: list[dict], **kwargs) -> list:
+        lengths = {"max_tokens": NEW_TOKENS, "min_tokens": NEW_TOKENS}
+        return self.llm.generate(
+            requests, SamplingParams(temperature=0, logprobs=0, **lengths), use_tqdm=False, **kwargs
+        )
+
+    def __call__(self, asks: list[Ask], **kwargs) -> list[Answer]:
+        answers = []
+        for output in self.outputs(self.requests(asks), **kwargs):
+            (written,) = output.outputs
+            logprobs = [step[token].logprob for step, token in zip(written.logprobs, written.token_ids, strict=True)]
+            answers.append(Answer(list(written.token_ids), logprobs, len(output.prompt_token_ids)))
+        return answers

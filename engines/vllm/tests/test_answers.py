@@ -62,3 +62,14 @@ def test_options_of_a_request(engine, reference, clips, options):
     asks = [Ask(clip, QUESTIONS[1], **options) for clip in (clips[3], clips[9])]
     for answer, ask in zip(engine(asks), asks, strict=True):
         assert_same(answer, reference(ask))
+
+
+@pytest.mark.parametrize("metadata", [{"fps": 2.0}, {"fps": 2.0, "do_sample_frames": False}], ids=str)
+def test_frames_in_place_of_a_file(engine, reference, clips, metadata):
+    ask = Ask(clips[3], prune_ratio=0.5)
+    (frames,), _ = reference.processor.video_processor.sample_videos([str(ask.clip)])
+    (request,) = engine.requests([ask])
+    request["multi_modal_data"] = {"video": [(frames.permute(0, 2, 3, 1).numpy(), metadata)]}
+    (output,) = engine.outputs([request])
+    assert list(output.outputs[0].token_ids) == reference(ask).tokens
+    assert len(output.prompt_token_ids) == reference(ask).num_prompt_tokens

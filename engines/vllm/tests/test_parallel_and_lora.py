@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import Engine
-from helpers import LOGPROB_TOLERANCE, QUESTIONS, Ask
+from helpers import LOGPROB_TOLERANCE, QUESTIONS, Ask, Engine
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers import MAX_TOKENS, QUESTIONS, Ask
 
-from benchmarks.quality.scenes import FIRST_SEED, make_scene, write_clip
+from benchmarks.quality.scenes import FIRST_SEED
+from benchmarks.quality.worlds import make_film, write_clip
 
 SECONDS_TO_START = 300
 
@@ -136,7 +137,7 @@ def test_wrong_options_are_refused(server, clips, name):
 
 def test_a_prompt_that_is_too_long_is_refused(server, tmp_path):
     clip = tmp_path / "long.mp4"
-    write_clip(str(clip), make_scene(FIRST_SEED["demo"], beats=40))
+    write_clip(str(clip), make_film(FIRST_SEED["demo"], "still", beats=40))
     status, error = server.post([video_part(clip)], mm_processor_kwargs={"fps": 10, "prune_ratio": 0})
     assert 400 <= status < 500 and str(MAX_TOKENS) in error["message"], (status, error)
 

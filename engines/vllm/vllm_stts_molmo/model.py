@@ -8,11 +8,14 @@ from stts_molmo.modeling_stts_molmo import STTSMolmoModel  # noqa: F401  (regist
 from stts_molmo.prompt_stts_molmo import plan_compaction
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .attention import VisionAttention, attach_vision_passes
 from .processing import DummyVideoBuilder, VideoProcessingInfo, VideoProcessor
+
+logger = init_logger(__name__)
 
 FIELDS = ("pixel_values_videos", "video_token_pooling", "video_grid", "video_ids", "is_vision", "num_kept", "method")
 
@@ -31,6 +34,15 @@ class STTSMolmoForConditionalGeneration(TransformersMultiModalForCausalLM):
     def _get_attn_cls(self):
         return VisionAttention
 
+    def load_weights(self, weights) -> set[str]:
+        loaded = super().load_weights(weights)
+        if self.model.vision_tower.token_scorer.is_untrained():
+            logger.warning(
+                "The token scorer was never trained: which tokens it drops is chance. Pass --mm-processor-kwargs "
+                '\'{"method": "cosine"}\', which needs no training.'
+            )
+        return loaded
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         return "<|video|>" if modality == "video" else None
@@ -47,6 +59,8 @@ class STTSMolmoForConditionalGeneration(TransformersMultiModalForCausalLM):
         return [self.embed_video(*video) for video in zip(*(videos.get(name, ()) for name in FIELDS), strict=True)]
 
     def embed_video(self, pixel_values, token_pooling, grid, ids, is_vision, num_kept, method) -> torch.Tensor:
+        """One video's `(length, C + 1)`, from its `FIELDS`."""
+        pixel_values = pixel_values.to(self.model.dtype)
         features = self.model.get_video_features(
             pixel_values, token_pooling, grid[None], method=METHODS[method], max_vision_tokens=int(num_kept)
         )
