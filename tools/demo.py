@@ -8,6 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from ..configuration_stts_molmo import METHODS
+from ..download_stts_molmo import is_link
 from .answer import MAX_NEW_TOKENS, WatchedVideo, ask_about
 from .streaming import Answerer, Finished
 from .video import make_video_inputs
@@ -21,6 +22,17 @@ CLIPS = Path(__file__).parents[1] / "examples" / "clips"
 QUESTIONS = {"quiet.mp4": "What color is the still shape?", "busy.mp4": "What color is the ball?"}
 STAGES = ("decode", "preprocess", "encode", "generate")
 KEEP_UPLOADS = 3600  # seconds
+
+
+class Upload(gr.Video):
+    """A video that is uploaded. No link: Gradio would fetch it before anyone looks at its size."""
+
+    is_template = True  # to the browser it is a `gr.Video`
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path) -> str | None:
+        if is_link(str(url_or_file_path)):
+            raise gr.Error("Upload the clip; links are not followed.", print_exception=False)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 def build(answerer: Answerer, examples: Sequence[tuple[str | Path, str]] = ()) -> gr.Blocks:
@@ -58,7 +70,7 @@ def build(answerer: Answerer, examples: Sequence[tuple[str | Path, str]] = ()) -
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column():
-                video = gr.Video(label="Clip", sources=["upload"], buttons=[], height=240, elem_id="clip")
+                video = Upload(label="Clip", sources=["upload"], buttons=[], height=240, elem_id="clip")
                 question = gr.Textbox(label="Question", max_length=limits.max_characters, elem_id="question")
                 with gr.Row():
                     ratio = gr.Slider(0, 0.9, config.prune_ratio or 0.5, step=0.05, label="Share to drop, k")
