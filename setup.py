@@ -25,7 +25,10 @@ SERVE = [
     "starlette>=0.46,<2",
     "uvicorn>=0.34,<1",
 ]
-DEMO = ["gradio>=6.31,<7"]
+DEMO = [
+    "gradio>=6.31,<7",
+    "starlette>=0.46,<2",
+]
 TEST_DEMO = [
     "playwright>=1.65,<2",
     "pytest>=8.4,<10",

@@ -1,13 +1,18 @@
 """`stts-molmo demo`: a page on which to ask about a clip, and to see what was kept of it and what that saved."""
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import gradio as gr
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..configuration_stts_molmo import METHODS
+from ..download_stts_molmo import is_link
 from .answer import MAX_NEW_TOKENS, WatchedVideo, ask_about
 from .streaming import Answerer, Finished
 from .video import make_video_inputs
@@ -21,6 +26,50 @@ CLIPS = Path(__file__).parents[1] / "examples" / "clips"
 QUESTIONS = {"quiet.mp4": "What color is the still shape?", "busy.mp4": "What color is the ball?"}
 STAGES = ("decode", "preprocess", "encode", "generate")
 KEEP_UPLOADS = 3600  # seconds
+MAX_JSON = 2**20  # bytes of what is asked, uploads apart
+
+
+class NoLinks:
+    """
+    Middleware that refuses requests in which a link stands for a file: Gradio would fetch it before anyone looks at its
+    size. A browser uploads.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        if scope.get("method") != "POST" or headers.get(b"content-type", b"").startswith(b"multipart/"):
+            return await self.app(scope, receive, send)
+        body, more = b"", True
+        while more and len(body) <= MAX_JSON:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            refused = len(body) > MAX_JSON or (body and names_link(json.loads(body)))
+        except (ValueError, RecursionError):
+            refused = True
+        if refused:
+            answer = PlainTextResponse("Upload the clip; links are not followed.", 400)
+            return await answer(scope, receive, send)
+
+        async def replay() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message, body = {"type": "http.request", "body": body}, None
+            return message
+
+        await self.app(scope, replay, send)
+
+
+def names_link(value) -> bool:
+    """Whether a link stands for a file, anywhere in what Gradio is asked."""
+    if isinstance(value, dict):
+        return is_link(str(value.get("path", ""))) or any(map(names_link, value.values()))
+    return isinstance(value, list) and any(map(names_link, value))
 
 
 def build(answerer: Answerer, examples: Sequence[tuple[str | Path, str]] = ()) -> gr.Blocks:
@@ -189,5 +238,6 @@ def launch(page: gr.Blocks, answerer: Answerer, host: str, port: int | None, **o
         enable_monitoring=False,
         show_error=True,
         max_file_size=answerer.limits.max_bytes,
+        app_kwargs={"middleware": [Middleware(NoLinks)]},
         **options,
     )
