@@ -6,7 +6,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import packages_distributions
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,18 @@ def test_an_engine_looks_into_the_package_and_nobody_into_an_engine(engine):
     for path in python_files(f"engines/{engine.name}/{engine.name}_stts_molmo"):
         for module in imported_modules(path):
             assert module.partition(".")[0] not in ("stts_kernels", "tools", *EXTRAS), (path, module)
+
+
+@pytest.mark.parametrize("path", python_files("tools/lmms"), ids=lambda path: path.name)
+def test_what_is_tested_apart_finds_what_it_takes_from_the_package(path):
+    """`make test` would not notice: lmms-eval is installed elsewhere."""
+    package = ".".join(["stts_molmo", *path.parent.relative_to(ROOT).parts])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith("stts_molmo")):
+            name = resolve_name("." * node.level + (node.module or ""), package)
+            if not name.startswith("stts_molmo.tools.lmms"):
+                module = import_module(name)
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], name
 
 
 def test_test_files_stand_alone():

@@ -14,7 +14,7 @@ from rich.progress import track
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from ...processing_stts_molmo import STTSMolmoProcessor, take_span
+from ...processing_stts_molmo import STTSMolmoProcessor, take_request
 from ..answer import require_usable
 from ..checkpoint import Checkpoint, find_device
 from ..console import stderr
@@ -109,7 +109,7 @@ class STTSMolmo(lmms):
         return clips, [part["image"] for part in parts if part["type"] == "image"]
 
     def read_clip(self, part: dict) -> Clip:
-        video = take_span(part)["video"]
+        video = take_request(part)["video"]
         if isinstance(video, str) and Path(video).is_dir():
             return read_folder(self.checkpoint.processor, Path(video), **self.sampling)
         return read_clip(self.checkpoint.processor, video, **self.sampling)
