@@ -106,7 +106,7 @@ class PrunedGenerationMixin:
         if pixels["pixel_values_videos"] is not None or isinstance(encoded, PruningOutput):
             check_media(kwargs.get("pixel_values"), pixels["pixel_values_videos"])
             self._check_video_prompt(input_ids, prompt, kwargs)
-            pruning = self._find_pruning(generation_config, prune_ratio, method, max_vision_tokens)
+            pruning = self.find_pruning(generation_config, prune_ratio, method, max_vision_tokens)
             prompt = self._encode_and_compact(input_ids, pixels, pruning, generation_config, kwargs)
         elif prompt is not None:
             kwargs["attention_mask"] = resume_prompt(prompt, input_ids, kwargs.get("attention_mask"))
@@ -145,12 +145,19 @@ class PrunedGenerationMixin:
                 "input_ids where a video's tokens go, and which are to be dropped."
             )
 
-    def _find_pruning(self, generation_config: GenerationConfig | None, *given) -> dict:
+    def find_pruning(
+        self,
+        generation_config: GenerationConfig | None = None,
+        prune_ratio: float | None = None,
+        method: str | None = None,
+        max_vision_tokens: int | None = None,
+    ) -> dict:
         """The pruning options: the arguments, else those of the config passed, else the model's own."""
-        configs = (generation_config, self.generation_config)
-        return first_pruning(
-            [given, *([getattr(config, name, None) for name in PRUNING_OPTIONS] for config in configs)]
-        )
+        saved = [
+            [getattr(config, name, None) for name in PRUNING_OPTIONS]
+            for config in (generation_config, self.generation_config)
+        ]
+        return first_pruning([(prune_ratio, method, max_vision_tokens), *saved])
 
     def _encode_and_compact(
         self,

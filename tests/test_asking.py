@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from stts_molmo.tools.checkpoint import Checkpoint
 from stts_molmo.tools.cli import app
 from stts_molmo.tools.conversation import Conversation
 from stts_molmo.tools.tables import read_rows
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner
 
@@ -54,6 +55,20 @@ def test_the_ratio_of_an_answer_is_the_one_that_was_used(checkpoint):
     ]
     assert torch.equal(watched[0].pooler_output[0], watched[1].pooler_output[0])
     assert "(method scorer, at most 20 tokens, prune ratio 0.722223)" in budget.figures()
+
+
+def test_what_nobody_asks_for_is_that_of_the_generation_config(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "checkpoint")
+    GenerationConfig(eos_token_id=2, pad_token_id=0, prune_ratio=0.25, method="random").save_pretrained(folder)
+    checkpoint = Checkpoint(str(folder), device="cpu")
+    answer = answer_question(checkpoint, CLIP, QUESTIONS[0])
+    assert (answer.prune_ratio, answer.method, answer.vision_tokens["after"]) == (0.25, "random", 54)
+    asked = answer_question(checkpoint, CLIP, QUESTIONS[0], max_vision_tokens=20)
+    assert (asked.max_vision_tokens, asked.method, asked.vision_tokens["after"]) == (20, "random", 20)
+    watched = WatchedVideo(checkpoint, CLIP)
+    generated = checkpoint.model.find_pruning()
+    assert generated == {"prune_ratio": 0.25, "method": "random", "max_vision_tokens": None}
+    assert watched.pruning == checkpoint.config.stts_config.pruning(**generated)
 
 
 def test_a_short_video_loses_nothing_to_a_budget(checkpoint):

@@ -78,9 +78,9 @@ class WatchedVideo:
         allow_untrained: bool = False,
     ):
         self.checkpoint = checkpoint
-        self._options = {"prune_ratio": prune_ratio, "method": method, "max_vision_tokens": max_vision_tokens}
+        self._options = checkpoint.find_pruning(prune_ratio, method, max_vision_tokens)
         self.pruning = checkpoint.config.stts_config.pruning(**self._options)
-        saving = {"prune_ratio": prune_ratio, "max_vision_tokens": max_vision_tokens}
+        saving = {name: self._options[name] for name in ("prune_ratio", "max_vision_tokens")}
         if self.pruning.method == "none":
             saving = {"prune_ratio": 0.0}
         self._seconds: dict[str, float] = {}  # which the next answer counts
@@ -221,11 +221,12 @@ def require_usable(
     """
     Load a checkpoint and raise what [`WatchedVideo`] would raise of any video: to be called before many are watched.
     """
+    pruning = checkpoint.find_pruning(**pruning)
     found = checkpoint.config.stts_config.pruning(**pruning)
     video_processor = checkpoint.processor.video_processor
     num_kept_tokens(1, prod(video_processor.grid), found.prune_ratio, found.max_vision_tokens)
     if test_time_scaling:
-        video_processor.scaled_cap(num_frames, pruning.get("prune_ratio"), pruning.get("max_vision_tokens"))
+        video_processor.scaled_cap(num_frames, pruning["prune_ratio"], pruning["max_vision_tokens"])
     if not allow_untrained:
         require_trained(checkpoint, found)
 

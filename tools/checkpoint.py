@@ -10,9 +10,10 @@ from huggingface_hub import get_local_safetensors_metadata, get_safetensors_meta
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import SafetensorsRepoMetadata
 from safetensors import SafetensorError, safe_open
-from transformers import Molmo2Config
+from transformers import GenerationConfig, Molmo2Config
 
 from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
+from ..generation_stts_molmo import PRUNING_OPTIONS, first_pruning
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..processing_stts_molmo import STTSMolmoProcessor
 from ..pruning_stts_molmo import num_kept_tokens
@@ -229,8 +230,22 @@ class Checkpoint:
         return processor
 
     @cached_property
+    def generation_config(self) -> GenerationConfig:
+        try:
+            return GenerationConfig.from_pretrained(self.path)
+        except OSError:  # it has none
+            return GenerationConfig()
+
+    @cached_property
     def model(self) -> STTSMolmoForConditionalGeneration:
         return load_model(self.path, self.device, self.dtype)
+
+    def find_pruning(
+        self, prune_ratio: float | None = None, method: str | None = None, max_vision_tokens: int | None = None
+    ) -> dict:
+        """The pruning options: those given, else those of the generation config, as in `generate`; else `None`."""
+        saved = [getattr(self.generation_config, name, None) for name in PRUNING_OPTIONS]
+        return first_pruning([(prune_ratio, method, max_vision_tokens), saved])
 
 
 def check_processor(processor: STTSMolmoProcessor, config: STTSMolmoConfig) -> None:

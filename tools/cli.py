@@ -273,14 +273,16 @@ def visualize(
             from .why import RATIOS, see_why
 
         checkpoint = Checkpoint(model, device, dtype)
-        pruning = checkpoint.config.stts_config.pruning(prune_ratio, method, max_vision_tokens)
-        methods = [pruning.method, *([compare] if compare else [])]
+        pruning = checkpoint.find_pruning(prune_ratio, method, max_vision_tokens)
+        found = checkpoint.config.stts_config.pruning(**pruning)
+        methods = [found.method, *([compare] if compare else [])]
         if "scorer" in methods and checkpoint.model.has_untrained_scorer():
             typer.echo(f"The token scorer of {model} is not trained: its choice is random. {TRAIN_OR_COSINE}", err=True)
         columns = 8 if is_picture else 1
         if question is None:
             loaded = checkpoint.model, checkpoint.processor
-            images = draw(*loaded, video, methods, prune_ratio, num_frames, columns, max_vision_tokens)
+            limits = pruning["prune_ratio"], num_frames, columns, pruning["max_vision_tokens"]
+            images = draw(*loaded, video, methods, *limits)
         else:
             given = {"prune_ratio": prune_ratio, "max_vision_tokens": max_vision_tokens}
             limits = RATIOS if prune_ratio is max_vision_tokens is None else [given]

@@ -116,7 +116,7 @@ class Answerer:
         Raises:
             ValueError: a value is out of range, a ratio and a budget are both given, or the scorer is not trained.
         """
-        pruning = self.checkpoint.model._find_pruning(None, prune_ratio, method, max_vision_tokens)
+        pruning = self.checkpoint.model.find_pruning(None, prune_ratio, method, max_vision_tokens)
         if (
             self.checkpoint.config.stts_config.pruning(**pruning).method == "scorer"
             and self.is_untrained

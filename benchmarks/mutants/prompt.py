@@ -130,8 +130,8 @@ OF_PROMPT_AND_TRAINING = [
     Mutation(
         "the model's own config beats the one passed",
         GENERATION,
-        "configs = (generation_config, self.generation_config)",
-        "configs = (self.generation_config, generation_config)",
+        "for config in (generation_config, self.generation_config)",
+        "for config in (self.generation_config, generation_config)",
         f"{OPTIONS} -k asks_its_arguments",
     ),
     Mutation(
