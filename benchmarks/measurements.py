@@ -25,8 +25,9 @@ from .quality.tables import PAPER, Study, accuracy_summary
 from .quality.tables import all_tables as quality_tables
 from .quality.worlds_tables import all_tables as worlds_tables
 from .quality.worlds_tables import hits_in
+from .speed.packing import packing_limit
 from .speed.plot import plot
-from .speed.presets import PAPER_SHAPES
+from .speed.presets import PAPER_SHAPES, PRESETS
 from .speed.tables import all_tables as speed_tables
 from .speed.tables import speed_summary
 
@@ -80,6 +81,7 @@ def page(results: dict[str, dict], study: Study) -> str:
         quality=quality_tables(study, results["quality_kept"]["shares"]),
         paper=PAPER,
         tokens=token_table(),
+        packing_limit=packing_limit(STTSMolmoConfig(**PRESETS["gpu"].config), PRESETS["gpu"].packing, prune_ratio=0.5),
         first_test_clip=FIRST_SEED["test"],
     )
 

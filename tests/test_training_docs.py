@@ -74,7 +74,7 @@ def test_the_one_command_is_made_of_those_that_are_run():
     (chain,) = re.findall(r"## All of it in one command\n.*?```bash\n(.*?)```", PAGE, re.DOTALL)
     run = [block.replace(" --dry-run", "").split() for block in (CONVERT, *COMMANDS)]
     places = [run.index(command.split()) for command in chain.split("&&")]
-    assert places == sorted(places) and len(places) >= 3
+    assert places == sorted(places) and len(places) == 4
 
 
 @pytest.mark.parametrize(("language", "extra", "block"), OF_EXTRAS, ids=[extra for _, extra, _ in OF_EXTRAS])

@@ -1,9 +1,11 @@
 """A training step on videos of different lengths: packed into rows, and a row for each with padding."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
 import torch
+from stts_molmo.tools.operations import Shape, forward_operations, grid_sizes
 from stts_molmo.tools.training import join_media, length_after_pruning, pack_samples
 from transformers import BatchFeature
 
@@ -31,6 +33,19 @@ def pad_samples(samples: Sequence[BatchFeature]) -> BatchFeature:
         for name, fill in fills.items()
     }
     return BatchFeature(rows | join_media(samples))
+
+
+def packing_limit(config, shapes: Sequence[Shape], prune_ratio: float) -> float:
+    """How many times as fast packed rows without any padding may be as padded ones, by the count of operations."""
+    per_frame = grid_sizes(config)[1]
+    lengths = [shape.tokens(per_frame, prune_ratio) for shape in shapes]
+
+    def operations(padding: Sequence[int]) -> float:
+        padded = [dataclasses.replace(s, text=s.text + more) for s, more in zip(shapes, padding, strict=True)]
+        pairs = zip(padded, shapes, strict=True)
+        return sum(sum(forward_operations(config, p, prune_ratio, "scorer", s.text).values()) for p, s in pairs)
+
+    return operations([max(lengths) - length for length in lengths]) / operations([0] * len(shapes))
 
 
 def train_on(model, batch: BatchFeature):
@@ -61,6 +76,7 @@ def measure_packing(bench: Bench) -> list[dict]:
             "max_length": longest,
             **measurement.times(),
             "speedup_over_unpacked": ratios(measurements["unpacked"], measurement),
+            "limit": packing_limit(bench.config, bench.preset.packing, config.prune_ratio) if name == "packed" else 1.0,
             "peak_bytes": measurement.peak_bytes,
         }
         for name, measurement in measurements.items()
