@@ -69,9 +69,14 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 @cache
+def scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+@cache
 def molmo2() -> Path:
-    """A plain Molmo2 of the tiny checkpoint's weights, for as long as this process lives."""
-    folder = Path(tempfile.mkdtemp()) / "molmo2"
+    """A plain Molmo2 of the tiny checkpoint's weights, until all cases are tried."""
+    folder = Path(scratch().name) / "molmo2"
     config = json.loads((TINY / "config.json").read_text())
     del config["stts_config"], config["auto_map"], config["model_type"]
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.safetensors*", "config.json", "README.md"))
@@ -224,3 +229,4 @@ def cases(number: int) -> Iterator[Case]:
             yield Case(f"convert, {name}", f"at {share:.3f}", partial(kill_conversion, share, value))
     for i in range(number // 10):
         yield Case("training, SIGKILL twice", f"seed [{SEED}, {i}]", partial(kill_training, [SEED, i]))
+    scratch().cleanup()
