@@ -24,7 +24,7 @@ from .quality.scenes import FIRST_SEED
 from .quality.tables import PAPER, Study, accuracy_summary
 from .quality.tables import all_tables as quality_tables
 from .quality.worlds_tables import all_tables as worlds_tables
-from .quality.worlds_tables import hits_in
+from .quality.worlds_tables import difference, kept_by_seed
 from .speed.packing import packing_limit
 from .speed.plot import plot
 from .speed.presets import PAPER_SHAPES, PRESETS
@@ -94,7 +94,8 @@ def study_page(results: dict[str, dict]) -> str:
         file=results["quality_worlds"],
         study=study,
         tables=worlds_tables(study),
-        hits=lambda *args: hits_in(study, *args),
+        difference=lambda *args: difference(study, *args),
+        kept=lambda *args: kept_by_seed(study, *args),
         source=source(results, "quality_worlds", sorted({run["seed"] for run in study.results["runs"]})),
     )
 

@@ -61,13 +61,13 @@ def difference(study: Study, row: str, other: str, evaluation: str, of_other: st
 
 
 def accuracy_table(study: Study, evaluations: tuple[str, ...]) -> str:
-    lines = [
-        [shown(row), ", ".join(map(str, study.seeds(row))), *(cell(study, row, name) for name in evaluations)]
-        for row in rows_of(study)
-    ]
-    return markdown_table(
-        ["right answers in %", "seeds", *evaluations], [line for line in lines if any(c != "-" for c in line[2:])]
-    )
+    lines = []
+    for row in rows_of(study):
+        asked = {run["seed"] for run in study.results["runs"] if run["row"] == row and {*evaluations} & {*run["hits"]}}
+        if asked:
+            seeds = ", ".join(map(str, sorted(asked)))
+            lines.append([shown(row), seeds, *(cell(study, row, name) for name in evaluations)])
+    return markdown_table(["right answers in %", "seeds", *evaluations], lines)
 
 
 def whole(study: Study) -> str:
@@ -133,6 +133,12 @@ def kept_table(study: Study, world: str) -> str:
         for run in runs
     ]
     return markdown_table(["kept of 100", *present], lines)
+
+
+def kept_by_seed(study: Study, row: str, world: str, name: str) -> str:
+    """Of 100 blocks that show `name` how many are kept: of each seed."""
+    runs = sorted((run for run in study.results["runs"] if run["row"] == row), key=lambda run: run["seed"])
+    return ", ".join(f"{100 * run['kept'][world][name]['kept']:.0f}" for run in runs)
 
 
 def seed_table(study: Study) -> str:
