@@ -52,7 +52,7 @@ def run(words: list[str]) -> str:
 @pytest.mark.parametrize(("extra", "block", "shown"), BLOCKS, ids=[block.split("\n")[0] for _, block, _ in BLOCKS])
 def test_commands(extra, block, shown):
     if extra:
-        pytest.importorskip("ray", reason="the extra `ray` is not installed; make test-extras runs this")
+        pytest.importorskip("ray.data", reason="the extra `ray` is not installed; make test-extras runs this")
     output = "".join(run(shlex.split(line)) for line in block.splitlines())
     assert output and (not shown or output == shown)
 

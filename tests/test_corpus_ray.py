@@ -12,7 +12,7 @@ from stts_molmo.tools.cli import app
 from stts_molmo.tools.tables import read_rows
 from typer.testing import CliRunner
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed; make test-extras runs this")
+pytest.importorskip("ray.data", reason="the extra `ray` is not installed; make test-extras runs this")
 QUESTION = "Which way does the ball move?"
 # Ray makes its workers nice, so that on a busy machine they would wait for ever.
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_worker_niceness": "0"}
