@@ -111,7 +111,7 @@ def read_rows(file: str | os.PathLike) -> list[Row]:
     disable_progress_bars()  # nobody waits for one file
     try:
         table = load_dataset(kind, data_files=str(file), split="train", **options)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # the second in datasets 4.8
         raise ValueError(f"{file} cannot be read as {kind}: {error.__cause__ or error}") from error
     if not len(table):
         raise ValueError(f"{file} has no rows.")
