@@ -18,7 +18,7 @@ RAY = [
     *PARQUET,
     "ray[data]>=2.50,<3",
 ]
-TRL = ["trl>=1.5,<2"]
+TRL = ["trl>=1.15,<2"]
 EVAL = ["lmms-eval[video-legacy]>=0.7.3,<1"]  # with decord, which its LongVideoBench imports
 SERVE = [
     "openai>=2,<4",  # the client, with which docs/serving.md asks
