@@ -3,8 +3,8 @@ Attacks the program, and counts what held, what was refused with a sentence, and
 
     python -m benchmarks.stress
 
-Writes benchmarks/results/stress.json and docs/robustness.md. Each section has a bound of its own; all together take
-less than ten minutes on two quiet cores. Exits with 1 when something is lost.
+Writes benchmarks/results/stress.json and docs/robustness.md. Each section has a bound of its own, meant for ten
+minutes in all on two quiet cores. Exits with 1 when something is lost.
 """
 
 import argparse
