@@ -2,13 +2,20 @@
 
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import torch
 
 
 def apart(function: Callable, *arguments):
-    """What `function` gives, or raises, in a process that is forked for it: what it imports and keeps goes with it."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    """
+    What `function` gives, or raises, in a process that is forked for it: what it imports and keeps goes with it. It has
+    one torch thread: those of the process before did not come along, and waiting for them ends in a crash.
+    """
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, fork, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_resident_bytes() -> int:
