@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from helpers import CLIP, ROOT, load_processor, make_tokenized_model, write_video
+from helpers import CLIP, ROOT, TINY, load_processor, make_tokenized_model, write_video
 from safetensors.torch import load_file
 from stts_molmo.modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from stts_molmo.tools.cli import app
-from stts_molmo.tools.warm_up import find_videos, overwrite_scorer, read_batches, warm_up, warm_up_checkpoint
+from stts_molmo.tools.corpus import find_videos
+from stts_molmo.tools.warm_up import overwrite_scorer, read_batches, warm_up, warm_up_checkpoint
 from typer.testing import CliRunner
 
 CLIPS = ROOT / "examples" / "clips"
@@ -29,7 +30,7 @@ def tensors(folder):
 
 
 def batches(number: int) -> list[dict]:
-    videos = read_batches(load_processor(), find_videos(CLIPS), 2, num_frames=4, seed=0)
+    videos = read_batches(load_processor(), list(find_videos(CLIPS).values()), 2, num_frames=4, seed=0)
     return [next(videos) for _ in range(number)]
 
 
@@ -104,10 +105,16 @@ def test_folders_are_searched_for_videos(tmp_path):
     (tmp_path / "below").mkdir()
     for name in ("b.MP4", "below/a.webm", "notes.txt"):
         (tmp_path / name).touch()
-    assert [file.name for file in find_videos(tmp_path)] == ["b.MP4", "a.webm"]
-    assert find_videos(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]  # named by the caller
-    with pytest.raises(FileNotFoundError, match="There is no video in .*empty"):
-        find_videos(tmp_path / "empty")
+    assert list(find_videos(tmp_path)) == ["b.MP4", "below/a.webm"]
+    with pytest.raises(ValueError, match="There is no video in .*empty"):
+        warm_up_checkpoint(str(TINY), tmp_path / "empty", tmp_path / "warm", steps=1, device="cpu")
+
+
+def test_a_file_that_is_named_may_have_any_name(checkpoint, tmp_path):
+    clip = shutil.copy(CLIP, tmp_path / "clip.film")
+    written = warm_up_checkpoint(str(checkpoint), clip, tmp_path / "warm", steps=1, clips_a_step=1, device="cpu")
+    before, after = tensors(checkpoint), tensors(written)
+    assert {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def test_every_clip_comes_once_before_any_comes_again(tmp_path, monkeypatch):
@@ -118,7 +125,7 @@ def test_every_clip_comes_once_before_any_comes_again(tmp_path, monkeypatch):
 
     original = module.read_clip
     monkeypatch.setattr(module, "read_clip", lambda p, video, **kw: read.append(video) or original(p, video, **kw))
-    stream = read_batches(load_processor(), find_videos(tmp_path), 2, num_frames=2, seed=1)
+    stream = read_batches(load_processor(), list(find_videos(tmp_path).values()), 2, num_frames=2, seed=1)
     for _ in range(3):
         assert next(stream)["video_grids"].tolist() == [[2, 3, 3]] * 2
     assert sorted(read[:3]) == sorted(read[3:6]) == [str(tmp_path / f"{name}.mp4") for name in "abc"]

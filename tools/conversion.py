@@ -15,7 +15,7 @@ from ..configuration_stts_molmo import STTSConfig, STTSMolmoConfig
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration, TokenScorer
 from ..processing_stts_molmo import STTSMolmoProcessor, STTSMolmoVideoProcessor
 from .checkpoint import make_config
-from .files import fetch, locate_tensors, read_json, scratch_beside
+from .files import fetch, locate_tensors, read_json, require_new_folder, written_whole
 from .publishing import inherited, write_card
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -69,11 +69,7 @@ def convert_checkpoint(
         FileNotFoundError: `source` is neither a directory nor a reachable Hub repository, or lacks files.
         ValueError: `source` is no Molmo2 checkpoint, is damaged or incomplete, or does not go with `stts_config`.
     """
-    destination = Path(destination).resolve()
-    if destination == Path.cwd():
-        raise FileExistsError(f"{destination} is the current directory; name a new one below it.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and is not an empty directory; choose another or remove it.")
+    destination = require_new_folder(destination)
     name, source = (None if Path(source).is_dir() else str(source)), fetch(source, revision)
     config = _read_config(source)
     tensor_files = {name: tensor.file for name, tensor in locate_tensors(source).items()}
@@ -87,13 +83,11 @@ def convert_checkpoint(
     scorer = {} if renames else initial_scorer(model.config, model.dtype, seed)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(destination) as scratch:
-        folder = scratch / destination.name
+    with written_whole(destination) as folder:
         model.save_pretrained(folder, state_dict=scorer, save_original_format=True)  # as the rest is named
         _write_processor(source, folder)
         _write_weights(tensor_files, renames, folder, progress)
         write_card(folder, **inherited(source, name))
-        os.replace(folder, destination)
     return destination
 
 

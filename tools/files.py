@@ -176,6 +176,16 @@ def is_whole(checkpoint: Path) -> bool:
     )
 
 
+def require_new_folder(folder: str | os.PathLike) -> Path:
+    """The absolute path of a folder to be written; a `FileExistsError` where something is there already."""
+    folder = Path(folder).resolve()
+    if folder == Path.cwd():
+        raise FileExistsError(f"{folder} is the current directory; name a new one below it.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty directory; choose another or remove it.")
+    return folder
+
+
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
     """

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from ..generation_stts_molmo import VIDEO_INPUTS
 from ..modeling_stts_molmo import STTSMolmoForConditionalGeneration
 from ..processing_stts_molmo import STTSMolmoProcessor
 from .checkpoint import Checkpoint
-from .files import fetch, locate_tensors
+from .corpus import find_videos
+from .files import fetch, locate_tensors, require_new_folder, written_whole
 from .publishing import write_card
 from .video import read_clip
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
 LEARNING_RATE = 1e-3
 
 
@@ -94,34 +93,24 @@ def warm_up_checkpoint(
 
     Raises:
         FileExistsError: `destination` holds files already.
-        FileNotFoundError: there is no such checkpoint, or no video in `clips`.
-        ValueError: it is no STTS checkpoint, its scorer is stored quantized, or a clip cannot be read or has one frame.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is no STTS checkpoint, its scorer is stored quantized, there is no video in `clips`, or one of
+            them cannot be read or has one frame.
     """
-    destination = Path(destination).resolve()
-    if destination == Path.cwd() or destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and is not an empty directory; choose another or remove it.")
-    videos, loaded = find_videos(Path(clips)), Checkpoint(checkpoint, device, dtype)
+    destination, clips = require_new_folder(destination), Path(clips)
+    videos = [clips] if clips.is_file() else list(find_videos(clips).values())
+    loaded = Checkpoint(checkpoint, device, dtype)
     batches = read_batches(loaded.processor, videos, clips_a_step, num_frames, seed)
     for step, loss in enumerate(warm_up(loaded.model, (next(batches) for _ in range(steps)), learning_rate), 1):
         if progress is not None:
             progress(step, loss)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
-        folder = Path(scratch) / destination.name
+    with written_whole(destination) as folder:
         shutil.copytree(fetch(checkpoint), folder)
         overwrite_scorer(folder, loaded.model.model.vision_tower.token_scorer.state_dict())
         count = f"{len(videos)} clip{'s' * (len(videos) > 1)}"
         write_card(folder, trained_on=f"{count} without labels, {steps} steps of warm-up", model=destination.name)
-        os.replace(folder, destination)
     return destination
-
-
-def find_videos(clips: Path) -> list[Path]:
-    """The videos in a folder and below it, or the one that is named."""
-    found = [clips] if clips.is_file() else sorted(f for f in clips.rglob("*") if f.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"There is no video in {clips}; name a file, or a folder with {VIDEO_SUFFIXES} in it.")
-    return found
 
 
 def read_batches(
@@ -146,7 +135,10 @@ def read_batches(
 
 
 def overwrite_scorer(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Put the scorer's weights in the place of those in the files of `folder`, in the dtype that these have."""
+    """
+    Put the scorer's weights in the place of those in the files of `folder`, in the dtype that these have. Only their
+    bytes are written: a file holds GBs of other weights.
+    """
     stored = {name: tensor.file for name, tensor in locate_tensors(folder).items() if "token_scorer." in name}
     for file in set(stored.values()):
         with safe_open(file, framework="pt") as reader:

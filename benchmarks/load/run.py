@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from stts_molmo.tools.files import written_whole
+
 from ..common import provenance
 from ..quality.scenes import FIRST_SEED
 from ..quality.worlds import make_film, write_clip
@@ -146,5 +148,6 @@ def main(arguments: Sequence[str] | None = None):
         for cells in run(preset, args.python, Path(folder)):
             load = [round(value, 2) for value in os.getloadavg()[:1]]
             result = {"preset": args.preset, "seed": SEED, **settings, **origin, "load_average": load, "cells": cells}
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            with written_whole(args.output) as draft:
+                draft.write_text(json.dumps(result, indent=1) + "\n")
             print(f"concurrency {cells[-1]['concurrency']}: done", flush=True)

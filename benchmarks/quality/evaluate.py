@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from stts_molmo.tools.files import written_whole
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None):
     }
     text = json.dumps(result, indent=2) + "\n"
     if args.output:
-        args.output.write_text(text)
+        with written_whole(args.output) as draft:
+            draft.write_text(text)
     else:
         print(text, end="")
 

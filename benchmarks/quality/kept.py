@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stts_molmo.tools.files import written_whole
 from transformers.utils.logging import disable_progress_bar
 
 from ..common import provenance, split_video, torch_threads
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str] | None = None):
     sizes = (args.clips, args.num_frames)
     shares = {method: kept_shares(model, processor, *sizes, method, args.world) for method in METHODS}
     settings = {"checkpoint": Path(args.checkpoint).name, "clips": args.clips, "num_frames": args.num_frames}
-    args.output.write_text(json.dumps({**provenance(), **settings, "shares": shares}, indent=2) + "\n")
+    with written_whole(args.output) as draft:
+        draft.write_text(json.dumps({**provenance(), **settings, "shares": shares}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

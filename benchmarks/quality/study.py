@@ -147,7 +147,8 @@ def main(arguments: Sequence[str] | None = None):
                 draft.write_text(done)
     done = [json.loads(file.read_text()) for file in sorted(args.runs.glob("*.json"))]
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "rate_scale", "clips")}
-    args.output.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")
+    with written_whole(args.output) as draft:
+        draft.write_text(json.dumps({**provenance(), **settings, "num_frames": NUM_FRAMES, "runs": done}) + "\n")
 
 
 if __name__ == "__main__":

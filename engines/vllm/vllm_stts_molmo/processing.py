@@ -73,19 +73,9 @@ class VideoProcessingInfo(BaseProcessingInfo):
         num_frames = sampling.get("num_frames") or processor.video_processor.num_frames
         if "prune_ratio" in sampling:
             num_frames = scaled_num_frames(num_frames, sampling["prune_ratio"])
-        grid = torch.tensor([num_frames, *self.frame_grid])
+        grid = torch.tensor([num_frames, *processor.video_processor.grid])
         text = processor.get_video_string(grid, [LAST_SECOND] * num_frames)
         return len(processor.tokenizer(text, add_special_tokens=False).input_ids)
-
-    @property
-    def frame_grid(self) -> tuple[int, int]:
-        """Rows and columns of a frame's pooled tokens."""
-        processor = self.get_hf_processor().video_processor
-        rows, columns = (
-            -(-(processor.size[side] // processor.patch_size) // window)
-            for side, window in zip(("height", "width"), processor.pooling_size, strict=True)
-        )
-        return rows, columns
 
     @cached_property
     def generation_options(self) -> dict:
@@ -103,7 +93,7 @@ class DummyVideoBuilder(BaseDummyInputsBuilder[VideoProcessingInfo]):
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options) -> dict:
         processor = self.info.get_hf_processor().video_processor
-        rows, columns = self.info.frame_grid
+        rows, columns = processor.grid
         num_frames = min(processor.num_frames, max(seq_len // (rows * columns + 8), 1))
         frames = np.zeros((num_frames, processor.size["height"], processor.size["width"], 3), np.uint8)
         return {"video": [frames] * mm_counts.get("video", 0)}
