@@ -116,7 +116,7 @@ def test_captions_tell_what_a_frame_shows():
     for seed in range(20):
         scene = scenes.make_scene(seed, level=0)
         for time, frame in zip(beat_times(scene), scenes.render(scene, beat_times(scene)), strict=True):
-            by_place, by_thing = (item.answer for item in scenes.captions(scene, time))
+            by_place, by_thing = (item.answer for item in scenes.captions(scenes.things_at(scene, time), time))
             assert by_thing.count(scene.ball_color + " ") >= ("ball" in by_place)
             colors = {
                 place: color

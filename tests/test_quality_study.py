@@ -60,16 +60,30 @@ def test_tables_of_worlds_say_what_the_runs_say():
             "kept": {},
         }
 
-    quarter = {"handheld, short, 4 frames": {"still shape": "1000" * 20}}
-    runs = [run("stts 50", seed, "1110" * 25) for seed in (0, 1)] + [run("cosine 50", 0, "1100" * 25)]
+    quarter = {"handheld, short, 4 frames": {"still shape": "1000" * 20, "x": "1000" * 20}}
+    at_30 = {"handheld, short, 30 %": {"still shape": "1111" * 20, "x": "0000" * 20}}
+    runs = [run("stts 50", seed, "1110" * 25, **at_30) for seed in (1, 0)] + [run("cosine 50", 0, "1100" * 25)]
     study = Study({"runs": [*runs, run("unpruned", 0, "1111" * 25, **quarter)]})
-    assert worlds_tables.rows_of(study) == ["unpruned", "stts 50", "cosine 50"]
     assert worlds_tables.cell(study, "stts 50", "handheld, short").startswith("75.0 (")
     assert worlds_tables.cell(study, "stts 50", "handheld, long") == "-"
     gap = worlds_tables.difference(study, "stts 50", "cosine 50", "handheld, short")
     mean, low, high = (float(number) for number in re.findall(r"[+-][\d.]+", gap))
     assert mean == 25 and 14 < low < 19 and 31 < high < 36
+    short = worlds_tables.accuracy_table(study, worlds_tables.MAIN, ["handheld, short"], against="cosine 50")
+    names, seeds = ([line.split(" | ")[column] for line in short.splitlines()[2:]] for column in (0, 1))
+    assert names == ["| no pruning", "| STTS 50 %", "| cosine 50 %"] and seeds == ["0", "0, 1", "0"]
+    assert "+25.0 (" in short.splitlines()[3]
     rows = worlds_tables.equal_tokens_table(study).splitlines()
     assert "| 25.0 (" in rows[3] and "| +50.0 (" in rows[3] and rows[4].endswith("| - |")
-    kinds = worlds_tables.kind_table(study, "handheld, short", {"x": ("stts 50", ""), "y": ("random 50", "")})
+    kinds = worlds_tables.kind_table(
+        study, {"x": ("stts 50", "handheld, short"), "y": ("random 50", "handheld, short")}, "handheld, short"
+    )
     assert kinds.splitlines()[2:] == ["| still shape | 75 | - |", "| x | 75 | - |"]
+    points = {
+        kind: [(tokens, hits.mean()) for tokens, hits in worlds_tables.curve(study, "stts 50", "handheld", [kind])]
+        for kind in ("still shape", "x")
+    }
+    assert points == {"still shape": [(36, 0.75), (51, 1.0)], "x": [(36, 0.75), (51, 0.0)]}
+    assert [tokens for tokens, _ in worlds_tables.curve(study, "unpruned", "handheld")] == [36, 72]
+    by_ratio = worlds_tables.ratio_table(study, "handheld").splitlines()
+    assert by_ratio[2].startswith("| 30 %, 51 tokens | 50.0 (") and by_ratio[4].endswith("+50.0 (+40.0 to +61.2) |")

@@ -11,12 +11,12 @@ from benchmarks.quality import scenes
 from benchmarks.quality.batches import make_batch, make_file_batch, sample_batch
 from benchmarks.quality.kept import blocks_shown
 from benchmarks.quality.worlds import (
-    DOT,
-    HALF,
     MIXTURE,
     WORLDS,
+    film_captions,
     film_file,
     film_questions,
+    lessons,
     make_film,
     shoot,
     what_happens,
@@ -59,7 +59,7 @@ def test_answers_of_the_new_questions_follow_from_what_is_seen(world):
         film = make_film(seed, world, beats=8)
         times = beat_times(film)
         answers = {item.kind: item for item in film_questions(film)}
-        x, y, moment = answers["dot point"].answer.split()
+        column, row, moment = answers["dot point"].answer.split()
         assert f"at {moment} ?" in answers["dot point"].question
         seen = [dot for time in times for dot in film.dots if dot.start <= time < dot.start + film.scene.beat]
         assert seen == list(film.dots) and answers["dot count"].answer == scenes.COUNTS[len(seen) - 1]
@@ -74,9 +74,8 @@ def test_answers_of_the_new_questions_follow_from_what_is_seen(world):
             at = float(moment)
             without = shoot(make_film_without_dots(film), np.array([at]))[0].astype(int)
             rows, columns = np.nonzero(np.abs(shoot(film, np.array([at]))[0] - without).max(-1))
-            corner = DOT.start
-            assert (rows.min(), columns.min()) == (int(y) * HALF + corner, int(x) * HALF + corner)
             assert rows.max() - rows.min() == columns.max() - columns.min() == 3
+            assert set(rows // scenes.CELL) == {int(row)} and set(columns // scenes.CELL) == {int(column)}
 
 
 def is_lamp(name):
@@ -96,7 +95,7 @@ def test_dots_hide_nothing():
         film = make_film(seed, "handheld", beats=8)
         for dot in film.dots:
             taken = {thing.cell for thing, _ in scenes.things_at(film.scene, dot.moment)} | {film.scene.sign_cell}
-            assert dot.y // 2 * 3 + dot.x // 2 not in taken
+            assert dot.cell not in taken
 
 
 def test_new_answers_are_balanced():
@@ -150,6 +149,29 @@ def test_a_batch_takes_worlds_in_turn():
     batch, chats = sample_batch(load_processor(), 8, 4, 2, 8, worlds=MIXTURE)
     assert [len(chat) for chat in chats] == [18 if world in NEW else 15 for world in MIXTURE]
     assert batch["video_grids"].tolist() == [[8, 3, 3]] * 4
+
+
+def test_lessons_are_about_frames_that_are_shown():
+    film = next(f for f in (make_film(seed, "handheld", beats=8) for seed in range(20)) if len(f.dots) == 3)
+    times = np.array([0.0, film.dots[0].moment, film.dots[2].moment])
+    taught = lessons(film, times, 2, np.random.default_rng(0))
+    assert [item.kind for item in taught] == ["dot point", "dot point", "what happens", "what happens"]
+    assert [f"at {time:.1f} ?" in item.question for time, item in zip(times[1:], taught, strict=False)] == [True] * 2
+    assert lessons(film, times, 0, np.random.default_rng(0)) == []
+    assert lessons(make_film(1, "still"), times, 2, np.random.default_rng(0)) == []
+    by_place = [film_captions(film, time)[0].answer for time in times]
+    assert ["grey dot" in caption for caption in by_place] == [False, True, True]
+    assert f"{scenes.PLACES[film.dots[0].cell]} grey dot" in by_place[1]
+
+
+def test_scenes_of_more_beats_are_seen_in_even_steps():
+    processor = load_processor()
+    films = [make_film(seed, "screen", beats=8, beat=0.5) for seed in range(4)]
+    batch, chats = sample_batch(processor, 0, 4, 2, 4, worlds=("screen",), beats=8)
+    times = np.linspace(0, 3.5, 4)
+    same = make_batch(processor, [shoot(film, times) for film in films], chats, times)
+    assert torch.equal(batch["pixel_values_videos"], same["pixel_values_videos"])
+    assert torch.equal(batch["input_ids"], same["input_ids"])
 
 
 def test_nothing_happens_between_a_moment_and_itself():

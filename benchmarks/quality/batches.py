@@ -9,8 +9,8 @@ from stts_molmo.tools.video import Clip, read_clip
 from transformers.video_utils import VideoMetadata
 
 from ..common import split_video
-from .scenes import FIRST_SEED, MIN_BEATS, Question, captions
-from .worlds import film_questions, lessons, make_film, shoot
+from .scenes import FIRST_SEED, MIN_BEATS, Question
+from .worlds import film_captions, film_questions, lessons, make_film, shoot
 
 IGNORE = -100
 BEATS = (0.5, 0.6, 0.8, 1.0)  # seconds
@@ -86,28 +86,33 @@ def sample_batch(
     num_captions: int = 0,
     num_lessons: int = 0,
     worlds: Sequence[str] = ("still",),
+    beats: int | None = None,
 ) -> tuple[dict, list[list[Question]]]:
     """
-    A batch of the scenes `first_seed..`, a frame a beat, and what was asked of each in its row.
+    A batch of the scenes `first_seed..`, a frame a beat, and what was asked of each in its row. Scenes of so many
+    `beats` are seen in evenly spaced frames instead, as the processor samples a file.
 
     Asked are `num_questions` of a scene (all when not given), `num_captions` captions of its frames and `num_lessons`
     `lessons`, in an order drawn from the scene's seed, which also picks its world in turn. A scene is at least
     `MIN_BEATS` long; fewer frames are some of its beats.
     """
     beat = BEATS[first_seed // size % len(BEATS)]
+    length = beats or max(num_frames, MIN_BEATS)
     films = [
-        make_film(seed, worlds[seed % len(worlds)], level, max(num_frames, MIN_BEATS), beat)
+        make_film(seed, worlds[seed % len(worlds)], level, length, beat)
         for seed in range(first_seed, first_seed + size)
     ]
-    shown = np.random.default_rng(first_seed).permutation(max(num_frames, MIN_BEATS))[:num_frames]
-    times = np.sort(shown) * beat
+    if beats is None:
+        times = np.sort(np.random.default_rng(first_seed).permutation(length)[:num_frames]) * beat
+    else:
+        times = np.linspace(0, (beats - 1) * beat, num_frames)
     asked = []
     for film in films:
         rng = np.random.default_rng(film.scene.seed)
         items = [*rng.permutation(np.array(film_questions(film), dtype=object))[:num_questions]]
-        described = [item for time in times for item in captions(film.scene, time)]
+        described = [item for time in times for item in film_captions(film, time)]
         items += [*rng.permutation(np.array(described, dtype=object))[:num_captions]]
-        items += lessons(film, times, num_lessons, rng)
+        items += [item for item in lessons(film, times, num_lessons, rng) if item not in items]
         asked.append([items[index] for index in rng.permutation(len(items))])
     return make_batch(processor, [shoot(film, times) for film in films], asked, times), asked
 

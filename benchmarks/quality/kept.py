@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..common import provenance, split_video, torch_threads
 from .batches import make_batch
 from .evaluate import load
-from .scenes import BOARD, FIRST_SEED, Thing, things_at
+from .scenes import FIRST_SEED, things_at
 from .worlds import WORLDS, Film, film_questions, make_film, shoot
 
 METHODS = ("scorer", "cosine", "random")
@@ -30,7 +30,7 @@ def blocks_shown(film: Film, times: np.ndarray) -> list[list[str]]:
     frames, before, scene = [], {}, film.scene
     for time in times:
         dots = [dot for dot in film.dots if dot.start <= time < dot.start + scene.beat]
-        things = {dot.y // 2 * BOARD + dot.x // 2: (Thing("white", 6 * dot.y + dot.x), "dot") for dot in dots}
+        things = {dot.cell: (dot, "dot") for dot in dots}
         things |= {thing.cell: (thing, name) for thing, name in things_at(scene, time)}
         shown = []
         for cell in range(9):

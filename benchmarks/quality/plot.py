@@ -6,6 +6,14 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from .tables import Study
+from .worlds_tables import curve, kinds_asked, shown
+
+CURVES = {  # row, colour and line of each
+    "stts 50": ("tab:purple", "-"),
+    "cosine 50": ("tab:orange", "-"),
+    "random 50": ("tab:gray", "-"),
+    "unpruned": ("black", "--"),
+}
 
 
 def draw_ratios(study: Study, path: Path) -> None:
@@ -26,4 +34,26 @@ def draw_ratios(study: Study, path: Path) -> None:
     axes[0].set_ylabel("right answers, %")
     axes[0].legend()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_worlds(study: Study, path: Path, world: str) -> None:
+    """Accuracy against vision tokens of a short clip: of all questions, and of each kind."""
+    kinds = kinds_asked(study, f"{world}, short")
+    figure, axes = plt.subplots(-(-(len(kinds) + 1) // 5), 5, figsize=(12, 9), layout="constrained", sharex=True)
+    for axis, kind in zip(axes.flat, ("all questions", *kinds), strict=False):
+        asked = kinds if kind == "all questions" else (kind,)
+        for row, (color, line) in CURVES.items():
+            points = [(tokens, 100 * hits.mean()) for tokens, hits in curve(study, row, world, asked)]
+            name = "no pruning, fewer frames" if row == "unpruned" else f"{shown(row)}, at other ratios"
+            axis.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=".", label=name)
+        axis.set(title=kind, ylim=(0, 104))
+        axis.set_xticks([18, 36, 54, 72])
+    for axis in axes.flat[len(kinds) + 1 :]:
+        axis.set_axis_off()
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    axes.flat[-1].legend(handles, names, loc="center right", frameon=False)
+    figure.supxlabel("vision tokens of 72")
+    figure.supylabel("right answers, %")
+    figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -195,9 +195,8 @@ def things_at(scene: Scene, time: float) -> list[tuple[Thing, str]]:
     return things + [(star, "star") for star in scene.stars if star.start <= time < star.start + scene.beat]
 
 
-def captions(scene: Scene, time: float) -> list[Question]:
-    """What a frame shows, by place and by thing: what a model is shown to learn the words. `time` in seconds."""
-    things = things_at(scene, time)
+def captions(things: list[tuple[Thing, str]], time: float) -> list[Question]:
+    """What the frame at a `time` in seconds shows, by place and by thing: what a model is shown to learn the words."""
     cells = {thing.cell: f"{thing.color} {name}" for thing, name in things}
     by_place = " ".join(f"{place} {cells.get(cell, 'nothing')}" for cell, place in enumerate(PLACES))
     by_thing = " ".join(f"{name} {thing.color} {PLACES[thing.cell]}" for thing, name in things)

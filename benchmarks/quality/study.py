@@ -84,28 +84,31 @@ def prepare(baseline: str, stts_config: STTSConfig, seed: int) -> tuple:
         )
 
 
+def training_batch(processor, seed: int, step: int, size: int, num_frames: int, **scenes) -> dict:
+    """Clips that belong to a seed of a row, which the baseline has not seen."""
+    first_seed = FIRST_SEED["train"] * (seed + 100) + step * size
+    return sample_batch(processor, first_seed, size, 2, num_frames, **scenes)[0]
+
+
 def fine_tune(
     model,
     processor,
-    seed: int,
+    batch_at: Callable[[int], dict],
     output: Path,
-    args: argparse.Namespace,
+    steps: int,
+    rate_scale: float,
+    scorer_rate: float = 1.0,
     worlds: Sequence[str] = ("still",),
-    before_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Trains on clips that belong to the seed; OUTPUT/best holds the checkpoint. `before_step` is told its number."""
-    groups = parameter_groups(model)
+    """
+    Trains with `rate_scale` times the paper's learning rates, and the scorer with `scorer_rate` times that;
+    OUTPUT/best holds the checkpoint.
+    """
+    groups = parameter_groups(model, scorer_learning_rate=1e-4 * scorer_rate)
     for group in groups:
-        group["lr"] *= args.rate_scale
-
-    def batch_at(step: int) -> dict:
-        if before_step is not None:
-            before_step(step)
-        first_seed = FIRST_SEED["train"] * (seed + 100) + step * args.batch_size
-        return sample_batch(processor, first_seed, args.batch_size, 2, NUM_FRAMES, worlds=worlds)[0]
-
+        group["lr"] *= rate_scale
     optimizer, held_out = torch.optim.AdamW(groups, betas=(0.9, 0.98)), held_out_batches(processor, worlds)
-    fit(model, processor, [optimizer], batch_at, held_out, output, args.steps, eval_every=args.steps)
+    fit(model, processor, [optimizer], batch_at, held_out, output, steps, eval_every=steps)
     model.eval()
 
 
@@ -114,7 +117,12 @@ def train_row(baseline: str, row: str, seed: int, args: argparse.Namespace) -> d
     torch.manual_seed(seed)
     stts_config = STTSConfig(**{"prune_layer": 1, "seed": seed, **(COMPARED | ONCE)[row]})
     model, processor = prepare(baseline, stts_config, seed)
-    fine_tune(model, processor, seed, args.runs / f"{row}-{seed}".replace(" ", "_"), args)
+
+    def batch_at(step: int) -> dict:
+        return training_batch(processor, seed, step, args.batch_size, NUM_FRAMES)
+
+    output = args.runs / f"{row}-{seed}".replace(" ", "_")
+    fine_tune(model, processor, batch_at, output, args.steps, args.rate_scale)
     return {
         "row": row,
         "seed": seed,

@@ -36,6 +36,7 @@ MULTIMODAL_TOKENS = (
     "<|video|>",
 )
 FRAME_SIZE, PATCH_SIZE, POOLING_SIZE = 36, 4, 3
+TOKENS_PER_FRAME = (FRAME_SIZE // PATCH_SIZE // POOLING_SIZE) ** 2
 NUM_FRAMES, MAX_FPS = 8, 2
 
 # One turn: content parts may be a plain string; `{% generation %}` marks what the loss may see.

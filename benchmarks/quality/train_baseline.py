@@ -7,7 +7,7 @@
 The model first learns words from captions of single frames and of pairs, then answers about clips that grow along
 `CURRICULUM`. A clip's questions are one conversation, and the loss sees the answers only. The best weights by held-out
 accuracy are in OUTPUT/best; a run that is started again goes on where it stopped. With `--checkpoint` a model that
-knows the still world learns the mixture of all, in the last stage alone. `torchrun` shares the work of each step
+knows the still world learns the mixture of all, along `MIXTURE_CURRICULUM`. `torchrun` shares the work of each step
 between processes.
 """
 
@@ -53,7 +53,12 @@ CURRICULUM = (
     Stage(0.40, level=2, num_frames=(4, 6), clips=1, questions=13, captions=1),
     Stage(1.00, level=2, num_frames=(6, 8, 8, 16), clips=1, questions=None, captions=0),
 )
-MIXED = CURRICULUM[-1]._replace(lessons=3)  # the only stage on the mixture of worlds
+MIXTURE_CURRICULUM = (  # of a model that knows the still world
+    Stage(0.15, level=2, num_frames=(1,), clips=4, questions=0, captions=1, lessons=3),
+    Stage(0.30, level=2, num_frames=(2,), clips=2, questions=0, captions=1, lessons=3),
+    Stage(0.45, level=2, num_frames=(4,), clips=1, questions=None, captions=1, lessons=3),
+    Stage(1.00, level=2, num_frames=(6, 8, 8, 16), clips=1, questions=None, captions=0, lessons=3),
+)
 ADAPTER_GROWTH = 4  # of the norm of the adapter's last matrix, which starts out small
 
 
@@ -114,7 +119,7 @@ def main(arguments: Sequence[str] | None = None):
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     processor = build_processor()
     model = load_plain(args.checkpoint) if args.checkpoint else build_model(processor.tokenizer, args.seed)
-    worlds, curriculum = (MIXTURE, (MIXED,)) if args.checkpoint else (("still",), CURRICULUM)
+    worlds, curriculum = (MIXTURE, MIXTURE_CURRICULUM) if args.checkpoint else (("still",), CURRICULUM)
     optimizers = build_optimizers(model, args.learning_rate, 1 if args.checkpoint else ADAPTER_GROWTH)
 
     def batch_at(step: int) -> dict:

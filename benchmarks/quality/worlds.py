@@ -15,11 +15,14 @@ import numpy as np
 from stts_molmo.tools.files import written_whole
 
 from .scenes import (
+    BOARD,
     CELL,
     COUNTS,
     FRAME,
     Question,
     Scene,
+    Thing,
+    captions,
     enlarge,
     make_scene,
     questions,
@@ -73,6 +76,10 @@ class Dot:
     y: int
     start: float
     moment: float
+
+    @property
+    def cell(self) -> int:
+        return self.y // 2 * BOARD + self.x // 2
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,8 @@ def _asked_dot(film: Film) -> Dot:
 
 def _where(dot: Dot) -> Question:
     moment = f"{dot.moment:.1f}"
-    return Question("dot point", QUESTIONS["dot point"].format(moment), f"{dot.x} {dot.y} {moment}")
+    row, column = divmod(dot.cell, BOARD)
+    return Question("dot point", QUESTIONS["dot point"].format(moment), f"{column} {row} {moment}")
 
 
 def _between(film: Film, first: float, second: float) -> Question:
@@ -148,17 +156,22 @@ def _between(film: Film, first: float, second: float) -> Question:
     return Question("what happens", question, what_happens(film.scene, first, second))
 
 
+def film_captions(film: Film, time: float) -> list[Question]:
+    """The captions of the frame at a `time` in seconds, with its dots."""
+    dots = [dot for dot in film.dots if dot.start <= time < dot.start + film.scene.beat]
+    return captions(things_at(film.scene, time) + [(Thing("grey", dot.cell), "dot") for dot in dots], time)
+
+
 def lessons(film: Film, times: np.ndarray, number: int, rng: np.random.Generator) -> list[Question]:
     """
-    What else a model is shown of a film in a world to learn the words: where its other dots are, and what happens
-    between `number` pairs of other moments.
+    What else a model is asked about frames at `times` of a film in a world, to learn the words: where each dot in them
+    is, and what happens between `number` pairs of them.
     """
     if film.world is None or not number:
         return []
-    dots = [dot for dot in film.dots if dot != _asked_dot(film)]
+    dots = [dot for dot in film.dots if dot.moment in times]
     pairs = [(first, second) for second in times.tolist() for first in times.tolist() if first < second]
-    pairs = [pair for pair in rng.permutation(pairs).tolist()[:number] if tuple(pair) != film.moments]
-    return [*map(_where, dots), *(_between(film, *pair) for pair in pairs)]
+    return [*map(_where, dots), *(_between(film, *pair) for pair in rng.permutation(pairs).tolist()[:number])]
 
 
 def shoot(film: Film, times: np.ndarray) -> np.ndarray:

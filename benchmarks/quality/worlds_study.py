@@ -7,11 +7,12 @@ As in `study.py`, a row is the baseline, converted and fine-tuned, here on the m
 are not done again. Test clips are mp4 files, read by the processor. A row is asked
 
 - about 8 beats, each a frame, as it was trained, and which blocks it keeps;
-- with seed 0 also about 16 beats: of which it sees 8 frames, and half pruned all 16, which is as many tokens;
-- where it prunes nothing, with 4 whole frames of 8 beats, which are as many tokens as half pruned ones.
+- at 50 %, also at other ratios, and where it prunes nothing, also with fewer frames;
+- with seed 0 also about 16 beats: of which it sees 8 frames, and half pruned all 16, which is as many tokens.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -28,38 +29,63 @@ from ..common import provenance, torch_threads
 from .batches import hits_by_kind, make_file_batch, sample_batch
 from .kept import kept_shares
 from .scenes import FIRST_SEED, Question
-from .study import LONG_BEATS, NUM_FRAMES, fine_tune, prepare
+from .study import LONG_BEATS, NUM_FRAMES, fine_tune, prepare, training_batch
 from .worlds import MIXTURE, WORLDS, film_file, film_questions, make_film
 
 CLIPS = {"still": 48, "handheld": 64, "screen": 32}  # short test clips
-LONG_WORLDS = ("still", "handheld")
+CURVES = ("still", "handheld")  # worlds in which rows are also asked at other numbers of tokens
+OTHER_RATIOS = (30, 40, 60, 70, 80)
+FEWER_FRAMES = (2, 3, 4, 5, 6)
 
 
 class Row(NamedTuple):
-    """Knobs of a row; for how many steps its scorer is warmed up; whether anything is fine-tuned after that."""
+    """
+    Knobs of a row; for how many steps its scorer is warmed up; for which share of the steps all of it is fine-tuned
+    after that, on how many frames of a clip; the scorer's learning rate, 1 as in the paper; whether the weight of the
+    auxiliary loss falls to 0.
+    """
 
     knobs: dict
     warm_up: int = 0
-    is_trained: bool = True
+    share_of_steps: float = 1.0
+    num_frames: int = NUM_FRAMES
+    scorer_rate: float = 1.0
     aux_loss_falls: bool = False
+
+    @property
+    def is_half(self) -> bool:
+        return self.knobs["prune_ratio"] == 0.5
+
+
+UNPRUNED = Row({"method": "none", "prune_ratio": 0.0})
+COSINE = Row({"method": "cosine", "prune_ratio": 0.5})
+WARMED_UP = Row({"prune_ratio": 0.5}, warm_up=200)
+
+
+def with_knobs(**knobs) -> Row:
+    return WARMED_UP._replace(knobs=WARMED_UP.knobs | knobs)
 
 
 ROWS = {
-    "unpruned": Row({"method": "none", "prune_ratio": 0.0}),
-    "stts 50": Row({"prune_ratio": 0.5}),
-    "cosine 50": Row({"method": "cosine", "prune_ratio": 0.5}),
+    "unpruned": UNPRUNED,
+    "stts 50": WARMED_UP,
+    "cosine 50": COSINE,
     "random 50": Row({"method": "random", "prune_ratio": 0.5}),
-    "stts 50 warm": Row({"prune_ratio": 0.5}, warm_up=200),
-    "warm-up alone": Row({"prune_ratio": 0.5}, warm_up=200, is_trained=False),
-    "cosine, no training": Row({"method": "cosine", "prune_ratio": 0.5}, is_trained=False),
-    "no pruning, no training": Row({"method": "none", "prune_ratio": 0.0}, is_trained=False),
-    "stts 50 falling aux": Row({"prune_ratio": 0.5}, aux_loss_falls=True),
-    "stts 50 without aux": Row({"prune_ratio": 0.5, "aux_loss_weight": 0.0}),
     "tome 50": Row({"method": "tome", "prune_ratio": 0.5}),
-    **{f"stts {k}": Row({"prune_ratio": k / 100}) for k in (30, 40, 60, 70, 80)},
-    "stts 50 log patches": Row({"prune_ratio": 0.5, "aux_target": "patches"}),
-    "stts 50 rescaled pooled": Row({"prune_ratio": 0.5, "score_bias": "rescaled_log"}),
-    "stts 50 rescaled patches": Row({"prune_ratio": 0.5, "score_bias": "rescaled_log", "aux_target": "patches"}),
+    "half of the frames": UNPRUNED._replace(num_frames=NUM_FRAMES // 2),
+    "stts 50 fresh": Row({"prune_ratio": 0.5}),
+    "stts 50 without aux": Row({"prune_ratio": 0.5, "aux_loss_weight": 0.0}),
+    "stts 50 falling aux": WARMED_UP._replace(aux_loss_falls=True),
+    "stts 50 slow scorer": WARMED_UP._replace(scorer_rate=0.1),
+    "stts 50 third of the steps": WARMED_UP._replace(share_of_steps=1 / 3),
+    "cosine 50 third of the steps": COSINE._replace(share_of_steps=1 / 3),
+    "warm-up alone": WARMED_UP._replace(share_of_steps=0),
+    "cosine, no training": COSINE._replace(share_of_steps=0),
+    "no pruning, no training": UNPRUNED._replace(share_of_steps=0),
+    **{f"stts {k}": with_knobs(prune_ratio=k / 100) for k in OTHER_RATIOS},
+    "stts 50 log patches": with_knobs(aux_target="patches"),
+    "stts 50 rescaled pooled": with_knobs(score_bias="rescaled_log"),
+    "stts 50 rescaled patches": with_knobs(score_bias="rescaled_log", aux_target="patches"),
 }
 
 
@@ -70,30 +96,50 @@ class Asked(NamedTuple):
     beats: int = NUM_FRAMES
     num_frames: int = NUM_FRAMES
     clips: int = 48
-    pruning: dict = {}
+    prune_ratio: float | None = None
 
 
 def evaluations(name: str, is_seed_0: bool) -> dict[str, Asked]:
     """What a row is asked, by name; and with `is_seed_0` what takes longer."""
-    asked = {f"{world}, short": Asked(world, clips=clips) for world, clips in CLIPS.items()}
-    if not is_seed_0:
-        return asked
-    asked["handheld, long"] = Asked("handheld", LONG_BEATS)
-    row = ROWS[name]
-    if row.knobs["prune_ratio"] == 0.0:
-        asked |= {f"{world}, short, 4 frames": Asked(world, num_frames=NUM_FRAMES // 2) for world in LONG_WORLDS}
-        asked["still, long"] = Asked("still", LONG_BEATS)
-    elif row.is_trained and row.knobs["prune_ratio"] == 0.5:
-        asked |= {f"{world}, long, 16 frames": Asked(world, LONG_BEATS, LONG_BEATS) for world in LONG_WORLDS}
+    row, short = ROWS[name], {world: Asked(world, clips=clips) for world, clips in CLIPS.items()}
+    asked = {f"{world}, short": question for world, question in short.items()}
+    if name == "half of the frames":
+        return {f"{world}, short, 4 frames": question._replace(num_frames=4) for world, question in short.items()}
+    for world in CURVES:
+        if row.is_half:
+            asked |= {f"{world}, short, {k} %": short[world]._replace(prune_ratio=k / 100) for k in OTHER_RATIOS}
+        elif row.knobs["prune_ratio"] == 0.0:
+            asked |= {f"{world}, short, {n} frames": short[world]._replace(num_frames=n) for n in FEWER_FRAMES}
+        if is_seed_0:
+            asked[f"{world}, long"] = Asked(world, LONG_BEATS)
+        if is_seed_0 and row.is_half:
+            asked[f"{world}, long, 16 frames"] = Asked(world, LONG_BEATS, LONG_BEATS)
     return asked
 
 
-def file_batches(processor, asked: Asked, folder: Path) -> Iterator[tuple[dict, list[list[Question]]]]:
-    """One batch a film: each of its questions, about the mp4 file."""
+@functools.cache  # of one process, in which many rows are asked the same
+def processor_of(baseline: str):
+    return prepare(baseline, STTSConfig(), 0)[1]
+
+
+@functools.cache
+def file_batch(baseline: str, folder: Path, seed: int, asked: Asked) -> tuple[dict, list[list[Question]]]:
+    """Each question about a film, and the mp4 file."""
+    file = film_file(folder, seed, asked.world, asked.beats)
+    chats = [[item] for item in film_questions(make_film(seed, asked.world, beats=asked.beats))]
+    return make_file_batch(processor_of(baseline), str(file), chats, asked.num_frames), chats
+
+
+@functools.lru_cache(maxsize=1000)  # rows of one seed follow each other, and see the same clips
+def mixed_batch(baseline: str, seed: int, step: int, size: int, num_frames: int) -> dict:
+    beats = None if num_frames == NUM_FRAMES else NUM_FRAMES
+    return training_batch(processor_of(baseline), seed, step, size, num_frames, worlds=MIXTURE, beats=beats)
+
+
+def file_batches(baseline: str, folder: Path, asked: Asked) -> Iterator[tuple[dict, list[list[Question]]]]:
+    """A batch a film."""
     for seed in range(FIRST_SEED["test"], FIRST_SEED["test"] + asked.clips):
-        file = film_file(folder, seed, asked.world, asked.beats)
-        chats = [[item] for item in film_questions(make_film(seed, asked.world, beats=asked.beats))]
-        yield make_file_batch(processor, str(file), chats, asked.num_frames), chats
+        yield file_batch(baseline, folder, seed, asked._replace(clips=0, prune_ratio=None))
 
 
 def mixed_videos(processor, seed: int, steps: int, size: int) -> Iterator[dict]:
@@ -106,34 +152,33 @@ def mixed_videos(processor, seed: int, steps: int, size: int) -> Iterator[dict]:
 def train_row(baseline: str, name: str, seed: int, args: argparse.Namespace) -> dict:
     """Warms up, fine-tunes and evaluates one row; RUNS/row-seed/best holds its checkpoint."""
     torch.manual_seed(seed)
-    row = ROWS[name]
-    model, processor = prepare(baseline, STTSConfig(**{"prune_layer": 1, "seed": seed, **row.knobs}), seed)
+    row, steps = ROWS[name], round(args.steps * ROWS[name].share_of_steps)
+    stts_config = STTSConfig(**{"prune_layer": 1, "seed": seed, **row.knobs})
+    model, processor = prepare(baseline, stts_config, seed)
     began, losses = time.process_time(), []
     if row.warm_up:
         losses = list(warm_up(model, mixed_videos(processor, seed, row.warm_up, args.batch_size)))
     seconds = {"warm-up": time.process_time() - began}
-    if row.is_trained:
-        before_step = None
+
+    def batch_at(step: int) -> dict:
         if row.aux_loss_falls:
+            model.config.stts_config.aux_loss_weight = 1 - step / steps
+        return mixed_batch(baseline, seed, step, args.batch_size, row.num_frames)
 
-            def before_step(step: int) -> None:
-                model.config.stts_config.aux_loss_weight = 1 - step / args.steps
-
+    if steps:
         output = args.runs / f"{name}-{seed}".replace(" ", "_")
-        fine_tune(model, processor, seed, output, args, MIXTURE, before_step)
+        fine_tune(model, processor, batch_at, output, steps, args.rate_scale, row.scorer_rate, MIXTURE)
     seconds["training"] = time.process_time() - began - seconds["warm-up"]
     model.eval()
     hits = {}
     for evaluation, asked in evaluations(name, seed == 0).items():
-        batches = file_batches(processor, asked, args.runs / "clips")
-        right = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **asked.pruning)
+        pruning = {} if asked.prune_ratio is None else {"prune_ratio": asked.prune_ratio}
+        batches = file_batches(baseline, args.runs / "clips", asked)
+        right = hits_by_kind(model, batches, processor.tokenizer.eos_token_id, **pruning)
         hits[evaluation] = {kind: "".join(str(int(hit)) for hit in flags) for kind, flags in right.items()}
     kept = {}
-    if row.knobs.get("method") not in ("none", "tome"):
-        kept = {
-            world: kept_shares(model, processor, 64, NUM_FRAMES, model.config.stts_config.method, world)
-            for world in WORLDS
-        }
+    if stts_config.method not in ("none", "tome"):
+        kept = {world: kept_shares(model, processor, 64, NUM_FRAMES, stts_config.method, world) for world in WORLDS}
     return {
         "row": name,
         "seed": seed,
@@ -153,7 +198,7 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="all when not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8, help="clips a step")
     parser.add_argument("--rate-scale", type=float, default=30)
     args = parser.parse_args(arguments)

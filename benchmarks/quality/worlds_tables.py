@@ -3,47 +3,65 @@
 from collections.abc import Sequence
 
 import numpy as np
+from stts_molmo.pruning_stts_molmo import num_kept_tokens
 
 from ..common import markdown_table
-from .scenes import QUESTIONS
+from .study import LONG_BEATS, NUM_FRAMES
 from .tables import Study, matrix_of, text_of
+from .tiny import TOKENS_PER_FRAME
+from .worlds_study import CURVES, FEWER_FRAMES, OTHER_RATIOS
 
 SHORT = ("still, short", "handheld, short", "screen, short")
-LONG = ("handheld, long", "still, long, 16 frames", "handheld, long, 16 frames")
-STTS = ("stts 50 warm", "stts 50")
+LONG = tuple(f"{world}, long{frames}" for world in CURVES for frames in ("", f", {LONG_BEATS} frames"))
+HALF_FRAMES = "short, 4 frames"
 NEW_THINGS = ("sign, new", "dot, new", "lamp, new", "star, new", "ball, new", "flicker", "background")
 SHOWN = {
     "unpruned": "no pruning",
     "stts 50": "STTS 50 %",
-    "stts 50 warm": "STTS 50 %, scorer warmed up first",
-    "stts 50 falling aux": "STTS 50 %, auxiliary weight falling to 0",
-    "stts 50 without aux": "STTS 50 % without auxiliary loss",
     "cosine 50": "cosine 50 %",
     "random 50": "random 50 %",
     "tome 50": "token merging 50 %",
-    "warm-up alone": "STTS 50 %, scorer warmed up, nothing else trained",
+    "stts 50 fresh": "STTS 50 %, no warm-up",
+    "stts 50 without aux": "STTS 50 %, no warm-up, no auxiliary loss",
+    "stts 50 falling aux": "STTS 50 %, auxiliary weight falling to 0",
+    "stts 50 slow scorer": "STTS 50 %, scorer's rate a tenth",
+    "stts 50 third of the steps": "STTS 50 %, a third of the steps",
+    "cosine 50 third of the steps": "cosine 50 %, a third of the steps",
+    "no pruning, no training": "no pruning, nothing trained",
+    "warm-up alone": "STTS 50 %, nothing trained but the warm-up",
     "cosine, no training": "cosine 50 %, nothing trained",
-    "no pruning, no training": "no pruning, the baseline itself",
+    "half of the frames": "no pruning, half of the frames, trained on these",
+    "stts 50 log patches": "log, patches",
+    "stts 50 rescaled pooled": "rescaled log, pooled",
+    "stts 50 rescaled patches": "rescaled log, patches (the authors' code)",
 }
+MAIN = ("unpruned", *(f"stts {k}" for k in (30, 40, 50, 60, 70, 80)), "cosine 50", "random 50", "tome 50")
+TRAINING = ("stts 50", *(row for row in SHOWN if row.startswith("stts 50 ") and SHOWN[row].startswith("STTS")))
+UNTRAINED = ("no pruning, no training", "warm-up alone", "cosine, no training")
+PRESETS = ("stts 50", "stts 50 log patches", "stts 50 rescaled pooled", "stts 50 rescaled patches")
+SEEDED = ("unpruned", "stts 50", "stts 50 fresh", "cosine 50", "random 50", "warm-up alone")
 
 
 def shown(row: str) -> str:
-    return SHOWN.get(row, row.replace("stts", "STTS") + " %" * row[-1].isdigit())
+    return SHOWN.get(row, row.replace("stts", "STTS") + " %")
 
 
-def rows_of(study: Study) -> list[str]:
-    """The rows that were run, in the order of `SHOWN`, then the rest."""
-    done = dict.fromkeys(run["row"] for run in study.results["runs"])
-    return [row for row in SHOWN if row in done] + sorted(row for row in done if row not in SHOWN)
-
-
-def hits_in(study: Study, row: str, evaluation: str, kinds: Sequence[str] = tuple(QUESTIONS)) -> np.ndarray:
-    """As `Study.hits`, of the questions that every world has, and of the seeds that were asked them; or empty."""
-    runs = [run for run in study.results["runs"] if run["row"] == row and evaluation in run["hits"]]
-    picked = [
-        {kind: run["hits"][evaluation][kind] for kind in kinds if kind in run["hits"][evaluation]} for run in runs
+def runs_of(study: Study, *rows: str) -> list[dict]:
+    """The runs of these rows, by seed."""
+    return [
+        run for row in rows for run in sorted(study.results["runs"], key=lambda run: run["seed"]) if run["row"] == row
     ]
-    return np.stack([matrix_of(hits) for hits in picked]) if runs else np.empty((0, 0, 0))
+
+
+def hits_in(study: Study, row: str, evaluation: str, kinds: Sequence[str] | None = None) -> np.ndarray:
+    """As `Study.hits`, of the seeds that were asked this, and of some `kinds` of questions; or empty."""
+    asked = [run["hits"][evaluation] for run in runs_of(study, row) if evaluation in run["hits"]]
+    picked = [{kind: hits[kind] for kind in kinds or hits} for hits in asked]
+    return np.stack([matrix_of(hits) for hits in picked]) if asked else np.empty((0, 0, 0))
+
+
+def kinds_asked(study: Study, evaluation: str) -> tuple[str, ...]:
+    return next(tuple(run["hits"][evaluation]) for run in study.results["runs"] if evaluation in run["hits"])
 
 
 def cell(study: Study, row: str, evaluation: str) -> str:
@@ -60,36 +78,38 @@ def difference(study: Study, row: str, other: str, evaluation: str, of_other: st
     return text_of(study.interval(first[..., :clips], minus=second[..., :clips]), "{:+.1f}")
 
 
-def accuracy_table(study: Study, evaluations: tuple[str, ...]) -> str:
+def seeds_text(study: Study, row: str) -> str:
+    return ", ".join(str(run["seed"]) for run in runs_of(study, row))
+
+
+def accuracy_table(study: Study, rows: Sequence[str], evaluations: Sequence[str], against: str | None = None) -> str:
+    """Right answers in each evaluation; and less those of the row `against`, if one is given."""
+    header = ["right answers in %", "seeds", *evaluations]
+    if against:
+        header += [f"{name}, less {shown(against)}" for name in evaluations]
     lines = []
-    for row in rows_of(study):
-        asked = {run["seed"] for run in study.results["runs"] if run["row"] == row and {*evaluations} & {*run["hits"]}}
-        if asked:
-            seeds = ", ".join(map(str, sorted(asked)))
-            lines.append([shown(row), seeds, *(cell(study, row, name) for name in evaluations)])
-    return markdown_table(["right answers in %", "seeds", *evaluations], lines)
-
-
-def whole(study: Study) -> str:
-    """The row without pruning: fine-tuned like the others, or the baseline itself while no such row was run."""
-    return "unpruned" if study.seeds("unpruned") else "no pruning, no training"
+    for row in rows:
+        cells = [cell(study, row, name) for name in evaluations]
+        if set(cells) != {"-"}:
+            gaps = ["" if row == against else difference(study, row, against, name) for name in evaluations if against]
+            lines.append([shown(row), seeds_text(study, row), *cells, *gaps])
+    return markdown_table(header, lines)
 
 
 def difference_table(study: Study) -> str:
-    others = ("cosine 50", "random 50", whole(study))
-    pairs = [(row, other) for row in (*STTS, "cosine 50") for other in others if row != other]
+    others = ("cosine 50", "random 50", "unpruned")
+    pairs = [(row, other) for row in ("stts 50", "stts 50 fresh", "cosine 50") for other in others if row != other]
     lines = [
         [f"{shown(row)} less {shown(other)}", *(difference(study, row, other, name) for name in SHORT)]
         for row, other in pairs
     ]
-    lines = [line for line in lines if set(line[1:]) != {"-"}]
     return markdown_table(["difference in points", *SHORT], lines)
 
 
-def kind_table(study: Study, evaluation: str, columns: dict[str, tuple[str, str]]) -> str:
-    """Right answers by kind of question; `columns` are rows and evaluations by their heading."""
-    kinds = next(tuple(run["hits"][evaluation]) for run in study.results["runs"] if evaluation in run["hits"])
-    hits = {name: hits_in(study, row, asked or evaluation, kinds) for name, (row, asked) in columns.items()}
+def kind_table(study: Study, columns: dict[str, tuple[str, str]], evaluation: str) -> str:
+    """Right answers by kind of question; `columns` are rows and what they were asked, by their heading."""
+    kinds = kinds_asked(study, evaluation)
+    hits = {name: hits_in(study, row, asked, kinds) for name, (row, asked) in columns.items()}
     lines = [
         [kind, *(f"{100 * found[:, index].mean():.0f}" if found.size else "-" for found in hits.values())]
         for index, kind in enumerate(kinds)
@@ -97,33 +117,78 @@ def kind_table(study: Study, evaluation: str, columns: dict[str, tuple[str, str]
     return markdown_table(["", *columns], lines)
 
 
+def kept_tokens(ratio: int) -> int:
+    """Of a short clip, at a ratio in percent."""
+    return num_kept_tokens(NUM_FRAMES, TOKENS_PER_FRAME, ratio / 100)
+
+
+def curve(study: Study, row: str, world: str, kinds: Sequence[str] | None = None) -> list[tuple[int, np.ndarray]]:
+    """Vision tokens of a short clip, and right answers with so many: at other ratios, or with fewer frames."""
+    asked = {kept_tokens(k): f"{world}, short, {k} %" for k in OTHER_RATIOS}
+    asked[kept_tokens(50)] = f"{world}, short"
+    if row == "unpruned":
+        asked = {n * TOKENS_PER_FRAME: f"{world}, short, {n} frames" for n in FEWER_FRAMES}
+        asked[NUM_FRAMES * TOKENS_PER_FRAME] = f"{world}, short"
+    points = [(tokens, hits_in(study, row, name, kinds)) for tokens, name in sorted(asked.items())]
+    return [(tokens, hits) for tokens, hits in points if hits.size]
+
+
+def ratio_table(study: Study, world: str) -> str:
+    """
+    By ratio: rows trained at 50 % and asked at it, STTS trained at it, and the unpruned row with as few whole frames as
+    have no fewer tokens.
+    """
+    at_50 = ("stts 50", "cosine 50", "random 50")
+    lines = []
+    for k in sorted([*OTHER_RATIOS, 50]):
+        asked = f"{world}, short" if k == 50 else f"{world}, short, {k} %"
+        tokens = kept_tokens(k)
+        frames = -(-tokens // TOKENS_PER_FRAME)
+        whole = f"{world}, short, {frames} frames"
+        lines.append(
+            [
+                f"{k} %, {tokens} tokens",
+                *(cell(study, row, asked) for row in at_50),
+                cell(study, f"stts {k}", f"{world}, short"),
+                f"{frames}, {frames * TOKENS_PER_FRAME}",
+                cell(study, "unpruned", whole),
+                difference(study, "stts 50", "unpruned", asked, whole),
+            ]
+        )
+    header = ["ratio", *map(shown, at_50), "STTS, trained at the ratio", "whole frames, tokens", "no pruning, these"]
+    return markdown_table([*header, f"{shown('stts 50')} less that"], lines)
+
+
 def equal_tokens_table(study: Study) -> str:
     """Half of the tokens of many frames, beside as many tokens of half of the frames, whole."""
     cases = [
-        (f"{world}, {beats} beats, {9 * frames} tokens", f"{world}, {half}", f"{world}, {full}")
-        for beats, frames, half, full in ((8, 4, "short", "short, 4 frames"), (16, 8, "long, 16 frames", "long"))
-        for world in ("still", "handheld")
+        (f"{world}, {beats} beats, {TOKENS_PER_FRAME * frames} tokens", f"{world}, {half}", f"{world}, {full}")
+        for beats, frames, half, full in (
+            (NUM_FRAMES, NUM_FRAMES // 2, "short", HALF_FRAMES),
+            (LONG_BEATS, NUM_FRAMES, f"long, {LONG_BEATS} frames", "long"),
+        )
+        for world in CURVES
     ]
-    rows = [row for row in (*STTS, "cosine 50", "random 50") if study.seeds(row)]
-    lines = [
-        [
-            name,
-            *(cell(study, row, half) for row in rows),
-            cell(study, whole(study), full),
-            *(difference(study, row, whole(study), half, full) for row in rows[:1]),
-        ]
-        for name, half, full in cases
-    ]
-    less = [f"{shown(row)} less that" for row in rows[:1]]
-    return markdown_table(["", *map(shown, rows), "half of the frames, whole", *less], lines)
+    rows = ("stts 50", "cosine 50", "random 50")
+    header = ["", *map(shown, rows), "half of the frames, whole", "the same, trained on these", "STTS less that"]
+    lines = []
+    for name, half, full in cases:
+        trained = difference(study, "stts 50", "half of the frames", half, full)
+        lines.append(
+            [
+                name,
+                *(cell(study, row, half) for row in rows),
+                cell(study, "unpruned", full),
+                cell(study, "half of the frames", full),
+                trained if trained != "-" else difference(study, "stts 50", "unpruned", half, full),
+            ]
+        )
+    return markdown_table(header, lines)
 
 
 def kept_table(study: Study, world: str) -> str:
     """Of 100 blocks how many are kept at 50 %, by seed."""
-    runs = [
-        run for run in study.results["runs"] if run["row"] in ("stts 50", "cosine 50", "warm-up alone", "random 50")
-    ]
-    runs = sorted((run for run in runs if run["kept"]), key=lambda run: (list(SHOWN).index(run["row"]), run["seed"]))
+    runs = runs_of(study, "stts 50", "stts 50 fresh", "warm-up alone", "cosine 50", "random 50")
     present = [name for name in NEW_THINGS if name in runs[0]["kept"][world]] if runs else []
     lines = [
         [
@@ -137,35 +202,36 @@ def kept_table(study: Study, world: str) -> str:
 
 def kept_by_seed(study: Study, row: str, world: str, name: str) -> str:
     """Of 100 blocks that show `name` how many are kept: of each seed."""
-    runs = sorted((run for run in study.results["runs"] if run["row"] == row), key=lambda run: run["seed"])
-    return ", ".join(f"{100 * run['kept'][world][name]['kept']:.0f}" for run in runs)
+    return ", ".join(f"{100 * run['kept'][world][name]['kept']:.0f}" for run in runs_of(study, row))
 
 
 def seed_table(study: Study) -> str:
     """Right answers of each seed."""
-    lines = []
-    for row in rows_of(study):
-        for run in sorted((run for run in study.results["runs"] if run["row"] == row), key=lambda run: run["seed"]):
-            alone = Study({"runs": [run]})
-            lines.append(
-                [
-                    f"{shown(row)}, seed {run['seed']}",
-                    *(f"{100 * hits_in(alone, row, name).mean():.1f}" for name in SHORT),
-                ]
-            )
+    lines = [
+        [
+            f"{shown(run['row'])}, seed {run['seed']}",
+            *(f"{100 * hits_in(Study({'runs': [run]}), run['row'], name).mean():.1f}" for name in SHORT),
+        ]
+        for run in runs_of(study, *SEEDED)
+    ]
     return markdown_table(["right answers in %", *SHORT], lines)
 
 
 def all_tables(study: Study) -> dict[str, str]:
     """Every table by name."""
-    columns = {shown(row): (row, "") for row in (whole(study), *STTS, "cosine 50", "random 50") if study.seeds(row)}
-    frames = {"half of the frames, whole": (whole(study), "handheld, short, 4 frames")}
+    rows = ("unpruned", "stts 50", "cosine 50", "random 50")
+    columns = {world: {shown(row): (row, f"{world}, short") for row in rows} for world in ("handheld", "screen")}
+    columns["handheld"]["half of the frames, trained on these"] = ("half of the frames", f"handheld, {HALF_FRAMES}")
     return {
-        "short": accuracy_table(study, SHORT),
-        "long": accuracy_table(study, LONG),
+        "short": accuracy_table(study, MAIN, SHORT),
+        "long": accuracy_table(study, MAIN, LONG),
+        "training": accuracy_table(study, TRAINING, SHORT[:2], against="stts 50"),
+        "untrained": accuracy_table(study, UNTRAINED, SHORT, against="cosine, no training"),
+        "presets": accuracy_table(study, PRESETS, SHORT[:2], against="stts 50"),
         "differences": difference_table(study),
-        "kinds": kind_table(study, "handheld, short", columns | frames),
-        "screen_kinds": kind_table(study, "screen, short", columns),
+        "kinds": kind_table(study, columns["handheld"], "handheld, short"),
+        "screen_kinds": kind_table(study, columns["screen"], "screen, short"),
+        **{f"ratios_{world}": ratio_table(study, world) for world in CURVES},
         "equal_tokens": equal_tokens_table(study),
         "kept": kept_table(study, "handheld"),
         "kept_still": kept_table(study, "still"),
