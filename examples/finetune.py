@@ -14,7 +14,8 @@ On one card of 24 GB, adapters only, and with the language model in four bits (`
     python examples/finetune.py --model molmo2-4b-stts --dataset my_videos.jsonl --output_dir runs/lora \\
         --lora --load_in_4bit --bf16 --gradient_checkpointing --learning_rate 1e-4
 
-Besides the flags below it takes all of the Trainer's. Defaults are those of the paper (section 4.1). With
+Besides the flags below it takes all of the Trainer's. Defaults are those of the paper (section 4.1), but for the
+scorer, which is warmed up first and then learns at the rate of the language model: docs/study.md says why. With
 `--resume_from_checkpoint newest` the same command goes on where a run was cut off, and starts one where there is none.
 """
 
@@ -30,7 +31,9 @@ from stts_molmo.tools.files import newest_checkpoint
 from stts_molmo.tools.publishing import inherited, write_card
 from stts_molmo.tools.sampling import StepSampler
 from stts_molmo.tools.training import VideoQACollator, log_aux_loss, parameter_groups
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from stts_molmo.tools.warm_up import warm_up
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 
 @dataclass
@@ -66,7 +69,16 @@ class ScriptArguments:
         default=False, metadata={"help": "With --lora, the language model in four bits while it is trained."}
     )
     vision_learning_rate: float = field(default=5e-6, metadata={"help": "Learning rate of the ViT and the connector."})
-    scorer_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the token scorer."})
+    scorer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the token scorer; else the LLM's. The paper has 1e-4."}
+    )
+    scorer_warmup_steps: int = field(
+        default=200,
+        metadata={
+            "help": "Steps, of four clips each, in which a scorer that was never trained learns the auxiliary target "
+            "alone before the training begins; 0 for none."
+        },
+    )
 
 
 @dataclass
@@ -175,16 +187,37 @@ def load_model(script: ScriptArguments, **kwargs) -> STTSMolmoForConditionalGene
     return model
 
 
-def load_trainable(script: ScriptArguments, bf16: bool) -> torch.nn.Module:
-    if script.load_in_4bit and not script.lora:
-        raise ValueError("--load_in_4bit freezes the language model's weights; pass --lora with it to train adapters.")
+def load_trainable(script: ScriptArguments, bf16: bool) -> STTSMolmoForConditionalGeneration:
     if not script.lora:
+        if script.load_in_4bit:
+            raise ValueError(
+                "--load_in_4bit freezes the language model's weights; pass --lora with it to train adapters."
+            )
         # In float32 also with --bf16: steps as small as these learning rates make are lost on bfloat16 weights.
         return load_model(script, dtype=torch.float32)
-    from stts_molmo.tools.adapters import add_adapters, four_bit_language_model
+    from stts_molmo.tools.adapters import four_bit_language_model
 
     quantization = {"quantization_config": four_bit_language_model()} if script.load_in_4bit else {}
-    return add_adapters(load_model(script, dtype=torch.bfloat16 if bf16 else torch.float32, **quantization))
+    return load_model(script, dtype=torch.bfloat16 if bf16 else torch.float32, **quantization)
+
+
+def warm_up_scorer(
+    model: STTSMolmoForConditionalGeneration,
+    chats: Dataset,
+    media: list[str | None],
+    collator: VideoQACollator,
+    steps: int,
+    args: TrainingArguments,
+) -> None:
+    """A first lesson for a scorer that was never trained, on clips of the training; the same in every process."""
+    videos = chats.select([row for row, kind in enumerate(media) if kind == "video"])
+    if not steps or not len(videos) or not model.has_untrained_scorer():
+        return
+    if not getattr(model, "is_quantized", False):  # which is where it belongs, and cannot be moved
+        model.to(args.device)
+    clips = RandomSampler(videos, num_samples=4 * steps, generator=torch.Generator().manual_seed(args.seed))
+    losses = list(warm_up(model, DataLoader(videos, batch_size=4, sampler=clips, collate_fn=collator)))
+    print(f"Warmed up the scorer for {steps} steps: auxiliary loss {losses[0]:.4f}, then {losses[-1]:.4f}.")
 
 
 def save(trainer: Trainer, script: ScriptArguments) -> None:
@@ -209,23 +242,33 @@ def main(argv: list[str] | None = None) -> Trainer:
     processor = STTSMolmoProcessor.from_pretrained(script.model)
     if script.num_frames is not None:
         processor.video_processor.num_frames = script.num_frames  # saved with the processor
+    media, chats = media_of_rows(script.dataset, script.train_split), load_chats(script.dataset, script.train_split)
+    set_seed(args.seed)  # of a new scorer's weights
     model = load_trainable(script, args.bf16)
-    groups = parameter_groups(
-        model, args.learning_rate, script.vision_learning_rate, script.scorer_learning_rate, args.weight_decay
-    )
+    collator = VideoQACollator(processor, max_length=script.max_length, stts_config=model.config.stts_config)
+    resume_from = args.resume_from_checkpoint
+    if resume_from == "newest":
+        resume_from = newest_checkpoint(args.output_dir)
+    if not resume_from:
+        warm_up_scorer(model, chats, media, collator, script.scorer_warmup_steps, args)
+    if script.lora:
+        from stts_molmo.tools.adapters import add_adapters
+
+        model = add_adapters(model)
+    scorer_rate = args.learning_rate if script.scorer_learning_rate is None else script.scorer_learning_rate
+    groups = parameter_groups(model, args.learning_rate, script.vision_learning_rate, scorer_rate, args.weight_decay)
     trainer = JointTrainer(
         model,
         args,
-        media=media_of_rows(script.dataset, script.train_split),
-        train_dataset=load_chats(script.dataset, script.train_split),
+        media=media,
+        train_dataset=chats,
         eval_dataset=load_chats(script.dataset, script.eval_split) if script.eval_split else None,
-        data_collator=VideoQACollator(processor, max_length=script.max_length, stts_config=model.config.stts_config),
+        data_collator=collator,
         processing_class=processor,
         optimizers=(torch.optim.AdamW(groups), None),
     )
     log_aux_loss(trainer)
-    resume_from = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir) if resume_from == "newest" else resume_from)
+    trainer.train(resume_from_checkpoint=resume_from)
     save(trainer, script)
     return trainer
 

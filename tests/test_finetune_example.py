@@ -83,6 +83,7 @@ def arguments(checkpoint: Path, output: Path, *more: str, dataset: Path = DATASE
         "num_frames": 4,
         "logging_steps": 1,
         "save_steps": 2,
+        "scorer_warmup_steps": 2,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return [*flags, "--use_cpu", "--disable_tqdm", "True", *more]
@@ -110,7 +111,7 @@ def test_trains_and_evaluates(uninterrupted, checkpoint):
     trainer, output = uninterrupted
     assert len(logged(trainer.state, "loss")) == len(logged(trainer.state, "aux_loss")) == 6
     assert len(logged(trainer.state, "eval_loss")) == len(logged(trainer.state, "eval_aux_loss")) == 6
-    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3, 5e-6, 1e-4}
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-3, 5e-6}
     before, after = load_file(checkpoint / "model.safetensors"), load_file(output / "model.safetensors")
     assert before.keys() == after.keys()
     for part in ("token_scorer.fc1.weight", "patch_embedding.weight", "lm_head.weight"):
@@ -161,11 +162,13 @@ def test_killed_and_resumed_ends_at_the_same_loss(uninterrupted, checkpoint, tmp
         assert logged(resumed.state, name) == pytest.approx(logged(expected.state, name), rel=1e-5), name
 
 
-def test_starts_from_a_plain_molmo2_checkpoint(tmp_path):
+def test_starts_from_a_plain_molmo2_checkpoint_and_warms_its_scorer_up(tmp_path, capsys):
     native = save_plain_molmo2(tmp_path / "molmo2")
     trainer = finetune.main(arguments(tmp_path / "molmo2", tmp_path / "tuned", steps=1))
+    assert "Warmed up the scorer for 2 steps: auxiliary loss 0." in capsys.readouterr().out
 
     tuned = STTSMolmoForConditionalGeneration.from_pretrained(tmp_path / "tuned")
+    assert not tuned.has_untrained_scorer()
     assert tuned.config.model_type == "stts_molmo" and len(logged(trainer.state, "aux_loss")) == 1
     first_step_has_rate_zero = {name: p for name, p in tuned.named_parameters() if "token_scorer" not in name}
     for name, parameter in native.named_parameters():

@@ -127,7 +127,7 @@ def test_from_nothing_to_an_answer_by_name(hub, tmp_path, monkeypatch):
     finetune = load_script("finetune")
     flags = ["--model", str(tmp_path / "stts"), "--dataset", str(ROOT / "examples" / "finetune.jsonl"), "--use_cpu"]
     flags += ["--output_dir", str(tmp_path / "trained"), "--max_steps", "2", "--warmup_steps", "1", "--num_frames", "4"]
-    finetune.main([*flags, "--disable_tqdm", "True"])
+    finetune.main([*flags, "--disable_tqdm", "True", "--scorer_warmup_steps", "2"])
     published = run(app, ["publish", str(tmp_path / "trained"), REPO])
     assert published.exit_code == 0, published.output
     ((branch, names, _),) = hub.commits
