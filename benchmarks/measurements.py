@@ -19,12 +19,13 @@ from stts_molmo.tools.operations import grid_sizes
 
 from .common import ROOT, markdown_table
 from .load.tables import all_tables as load_tables
-from .quality.plot import draw_ratios
+from .quality.plot import draw_ratios, draw_worlds
 from .quality.scenes import FIRST_SEED
 from .quality.tables import PAPER, Study, accuracy_summary
 from .quality.tables import all_tables as quality_tables
+from .quality.worlds_study import CURVES
 from .quality.worlds_tables import all_tables as worlds_tables
-from .quality.worlds_tables import difference, kept_by_seed
+from .quality.worlds_tables import difference, hits_in, kept_by_seed
 from .speed.packing import packing_limit
 from .speed.plot import plot
 from .speed.presets import PAPER_SHAPES, PRESETS
@@ -97,6 +98,10 @@ def study_page(results: dict[str, dict]) -> str:
         difference=lambda *args: difference(study, *args),
         kept=lambda *args: kept_by_seed(study, *args),
         source=source(results, "quality_worlds", sorted({run["seed"] for run in study.results["runs"]})),
+        mean=lambda *args: 100 * hits_in(study, *args).mean(),
+        loops=results["quality_loops"]["cpu_seconds_a_step"],
+        loops_source=source(results, "quality_loops"),
+        first_test_clip=FIRST_SEED["test"],
     )
 
 
@@ -142,6 +147,8 @@ def write(root: Path = ROOT):
         if is_speed(result):
             plot(result, folder / f"{name}.png")
     draw_ratios(study, folder / "quality_ratios.png")
+    for world in CURVES:
+        draw_worlds(Study(results["quality_worlds"]), folder / f"quality_worlds_{world}.png", world)
     text = (root / "README.md").read_text(encoding="utf-8")
     for name, table in summaries(results, study).items():
         text = fill(text, name, table)

@@ -6,11 +6,13 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks.common import RESULTS, TINY
-from benchmarks.quality import worlds_tables
+from benchmarks.common import RESULTS, ROOT, TINY
+from benchmarks.quality import worlds_study, worlds_tables
 from benchmarks.quality.shipped import answers_of_the_shipped
 from benchmarks.quality.study import COMPARED, ONCE
-from benchmarks.quality.tables import Study, table_by_kind
+from benchmarks.quality.tables import Study
+
+BASELINE = ROOT / "benchmarks" / "quality" / "baseline"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,24 @@ def test_intervals():
     assert study.cells("z") == ["-"] * 3 and study.gap("x", "z") == "-"
 
 
-def test_the_card_shows_the_table_of_the_results(results):
-    assert table_by_kind(Study(results)) in (TINY / "README.md").read_text(encoding="utf-8")
+def test_the_readme_says_what_the_rows_of_the_worlds_say():
+    study = Study(json.loads((RESULTS / "quality_worlds.json").read_text()))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rule = worlds_tables.difference(study, "stts 50", "cosine 50", "handheld, short")
+    mean, low, high = re.findall(r"[+-]([\d.]+)", rule)
+    assert f"STTS is {mean} points ({low} to {high}) ahead of cosine" in readme
+    half = "handheld, short, 4 frames"
+    frames = worlds_tables.difference(study, "stts 50", "half of the frames", "handheld, short", half)
+    assert f"and {float(frames.split()[0]):.0f} of half of the frames" in readme
+
+
+def test_the_card_shows_what_its_row_of_the_study_gave():
+    card = (TINY / "README.md").read_text(encoding="utf-8")
+    study = Study(json.loads((RESULTS / "quality_worlds.json").read_text()))
+    by_world = worlds_tables.checkpoint_table(study, "stts 50", 0)
+    assert by_world in card and worlds_tables.all_tables(study)["kinds"] in card
+    value = float(re.findall(r"value: (\S+)", card)[0])
+    assert f"| handheld | {100 * value:.1f} |" in by_world
 
 
 @pytest.mark.parametrize("world", ["still", "handheld"])
@@ -49,6 +67,28 @@ def test_bundled_checkpoint_answers_as_it_did(world):
     """Written by `python -m benchmarks.quality.shipped`."""
     before = json.loads((RESULTS / "quality_shipped.json").read_text())
     assert answers_of_the_shipped(world) > before["accuracy"][world] - 0.02
+
+
+def test_rows_are_trained_once_and_added_to_what_is_there(tmp_path, monkeypatch):
+    """Two rows, a step each, about one clip of each world."""
+    monkeypatch.setattr(worlds_study, "CLIPS", dict.fromkeys(worlds_study.CLIPS, 1))
+    output, runs = tmp_path / "out.json", tmp_path / "runs"
+    command = [str(BASELINE), "--output", str(output), "--steps", "1", "--batch-size", "2", "--seeds", "1"]
+    worlds_study.main([*command, "--runs", str(runs), "--rows", "cosine 50"])
+    first = json.loads(output.read_text())
+    ((row, seed, hits),) = [(run["row"], run["seed"], run["hits"]) for run in first["runs"]]
+    assert (row, seed) == ("cosine 50", 1) and (runs / "cosine_50-1" / "best" / "config.json").exists()
+    assert len(hits["handheld, short"]) == len(hits["handheld, short, 80 %"]) == 18 and len(hits["still, short"]) == 15
+    assert first["steps"] == 1 and first["baseline"] == json.loads((BASELINE / "training.json").read_text())
+
+    monkeypatch.setattr(worlds_study, "fine_tune", lambda *args: pytest.fail("rows that are there are not trained"))
+    elsewhere = ["--runs", str(tmp_path / "elsewhere"), "--rows", "cosine 50", "no pruning, no training"]
+    worlds_study.main([*command, *elsewhere])
+    second = json.loads(output.read_text())
+    assert second["runs"][0] == first["runs"][0] and second["runs"][1]["row"] == "no pruning, no training"
+    assert {*second["runs"][1]["hits"]} >= {f"still, short, {n} frames" for n in (2, 3, 4, 5, 6)}
+    with pytest.raises(ValueError, match="has rows of other settings"):
+        worlds_study.main([*command, *elsewhere, "--rate-scale", "1"])
 
 
 def test_tables_of_worlds_say_what_the_runs_say():

@@ -12,6 +12,7 @@ CURVES = {  # row, colour and line of each
     "stts 50": ("tab:purple", "-"),
     "cosine 50": ("tab:orange", "-"),
     "random 50": ("tab:gray", "-"),
+    "tome 50": ("tab:green", "-"),
     "unpruned": ("black", "--"),
 }
 

@@ -13,6 +13,7 @@ from .worlds import Film, film_questions, make_film, write_clip
 CLIPS = {
     "quiet.mp4": make_film(FIRST_SEED["demo"], "still", level=1, beats=8),
     "busy.mp4": make_film(FIRST_SEED["demo"] + 1, "still", level=2, beats=16),
+    "handheld.mp4": make_film(FIRST_SEED["demo"] + 2, "handheld", level=2, beats=8),
 }
 
 

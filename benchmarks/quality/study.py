@@ -97,14 +97,14 @@ def fine_tune(
     output: Path,
     steps: int,
     rate_scale: float,
-    scorer_rate: float = 1.0,
+    scorer_rate: float = 1e-4,
     worlds: Sequence[str] = ("still",),
 ) -> None:
     """
-    Trains with `rate_scale` times the paper's learning rates, and the scorer with `scorer_rate` times that;
+    Trains with `rate_scale` times the paper's learning rates, but for the scorer's if another `scorer_rate` is given;
     OUTPUT/best holds the checkpoint.
     """
-    groups = parameter_groups(model, scorer_learning_rate=1e-4 * scorer_rate)
+    groups = parameter_groups(model, scorer_learning_rate=scorer_rate)
     for group in groups:
         group["lr"] *= rate_scale
     optimizer, held_out = torch.optim.AdamW(groups, betas=(0.9, 0.98)), held_out_batches(processor, worlds)

@@ -41,15 +41,15 @@ FEWER_FRAMES = (2, 3, 4, 5, 6)
 class Row(NamedTuple):
     """
     Knobs of a row; for how many steps its scorer is warmed up; for which share of the steps all of it is fine-tuned
-    after that, on how many frames of a clip; the scorer's learning rate, 1 as in the paper; whether the weight of the
-    auxiliary loss falls to 0.
+    after that, on how many frames of a clip; the scorer's learning rate, 1e-5 as the language model's or 1e-4 as in the
+    paper, before `--rate-scale`; whether the weight of the auxiliary loss falls to 0.
     """
 
     knobs: dict
     warm_up: int = 0
     share_of_steps: float = 1.0
     num_frames: int = NUM_FRAMES
-    scorer_rate: float = 1.0
+    scorer_rate: float = 1e-5
     aux_loss_falls: bool = False
 
     @property
@@ -59,6 +59,7 @@ class Row(NamedTuple):
 
 UNPRUNED = Row({"method": "none", "prune_ratio": 0.0})
 COSINE = Row({"method": "cosine", "prune_ratio": 0.5})
+AS_PUBLISHED = Row({"prune_ratio": 0.5}, scorer_rate=1e-4)
 WARMED_UP = Row({"prune_ratio": 0.5}, warm_up=200)
 
 
@@ -73,11 +74,12 @@ ROWS = {
     "random 50": Row({"method": "random", "prune_ratio": 0.5}),
     "tome 50": Row({"method": "tome", "prune_ratio": 0.5}),
     "half of the frames": UNPRUNED._replace(num_frames=NUM_FRAMES // 2),
-    "stts 50 fresh": Row({"prune_ratio": 0.5}),
-    "stts 50 without aux": Row({"prune_ratio": 0.5, "aux_loss_weight": 0.0}),
-    "stts 50 falling aux": WARMED_UP._replace(aux_loss_falls=True),
-    "stts 50 slow scorer": WARMED_UP._replace(scorer_rate=0.1),
+    "stts 50 fresh": AS_PUBLISHED,
+    "stts 50 without aux": AS_PUBLISHED._replace(knobs=AS_PUBLISHED.knobs | {"aux_loss_weight": 0.0}),
+    "stts 50 fast scorer": AS_PUBLISHED._replace(warm_up=200),
+    "stts 50 falling aux": AS_PUBLISHED._replace(warm_up=200, aux_loss_falls=True),
     "stts 50 third of the steps": WARMED_UP._replace(share_of_steps=1 / 3),
+    "stts 50 fresh third of the steps": AS_PUBLISHED._replace(share_of_steps=1 / 3),
     "cosine 50 third of the steps": COSINE._replace(share_of_steps=1 / 3),
     "warm-up alone": WARMED_UP._replace(share_of_steps=0),
     "cosine, no training": COSINE._replace(share_of_steps=0),
