@@ -59,7 +59,7 @@ def test_commands(extra, block, shown):
 
 def test_tables_of_the_page():
     """Made by the commands before."""
-    assert len(read_rows(Path("answers.jsonl"))) == 2 and len(read_rows(Path("answers.parquet"))) == 4
+    assert len(read_rows(Path("answers.jsonl"))) == 3 and len(read_rows(Path("answers.parquet"))) == 6
     named = re.findall(r"`(\w+)`", PAGE.split("| column | holds |")[1].split("\n\n")[0])
     assert sorted(named) == sorted(COLUMNS)
 

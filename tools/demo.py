@@ -23,7 +23,11 @@ ABOUT = """# STTS on Molmo2
 Half of a video's tokens can go before the language model reads them. Ask about a clip, and see which were kept."""
 KEPT = "What was kept: dropped blocks are dimmed. Below each frame are the scores, bright is high; grey is not scored."
 CLIPS = Path(__file__).parents[1] / "examples" / "clips"
-QUESTIONS = {"quiet.mp4": "What color is the still shape?", "busy.mp4": "What color is the ball?"}
+QUESTIONS = {
+    "quiet.mp4": "What color is the still shape?",
+    "busy.mp4": "What color is the ball?",
+    "handheld.mp4": "Where is the dot at 2.0 ?",
+}
 STAGES = ("decode", "preprocess", "encode", "generate")
 KEEP_UPLOADS = 3600  # seconds
 MAX_JSON = 2**20  # bytes of what is asked, uploads apart
