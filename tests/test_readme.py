@@ -195,10 +195,10 @@ def test_bounds_are_those_of_setup():
 
 def test_numbers_of_the_results_are_measured():
     prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|!\[[^]]*\]", "", section("Results"), flags=re.DOTALL)
-    measurements = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    pages = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("measurements", "study"))
     numbers = re.findall(r"\d+(?:\.\d+)?", prose)
     assert len(numbers) > 10
-    missing = [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", measurements)]
+    missing = [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", pages)]
     assert not missing
 
 
