@@ -11,7 +11,8 @@ from benchmarks.load.run import main
 
 def test_every_request_is_answered_and_counted(tmp_path, monkeypatch):
     preset, output = PRESETS["dry-run"], tmp_path / "load.json"
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda: nullcontext(tmp_path))
+    make = tempfile.TemporaryDirectory  # which also writes the results, beside them
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **at: make(**at) if at else nullcontext(tmp_path))
     main(["--preset", "dry-run", "--python", sys.executable, "--output", str(output)])
     result = json.loads(output.read_text())
     assert result["versions"]["vllm"]
