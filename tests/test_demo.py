@@ -253,12 +253,12 @@ def wait_until_answered(page) -> None:
 
 
 def test_a_person_picks_a_clip_and_asks(browser_page, tmp_path):
-    browser_page.get_by_text("What color is the ball?").click()
-    browser_page.wait_for_function("document.querySelector('#question textarea').value.includes('ball')")
+    browser_page.get_by_text("Where is the dot at 2.0 ?").click()
+    browser_page.wait_for_function("document.querySelector('#question textarea').value.includes('dot')")
     browser_page.wait_for_function("document.querySelector('#clip video')?.readyState >= 2")
     browser_page.click("#ask")
     wait_until_answered(browser_page)
-    assert answers(browser_page) == ("green", "green")
+    assert answers(browser_page) == ("0 2 2.0", "0 2 2.0")
     assert "36" in browser_page.inner_text("#figures")
     browser_page.wait_for_function("document.querySelector('#picture img')?.naturalWidth > 1000")
     browser_page.wait_for_timeout(1000)  # until progress has faded

@@ -92,11 +92,11 @@ def test_the_command_for_two_machines(folder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    names = {"molmo2-4b-stts": "runs/warm", "my_videos.jsonl": "examples/finetune.jsonl", "/shared/": ""}
+    names = {"molmo2-4b-stts": "runs/stts", "my_videos.jsonl": "examples/finetune.jsonl", "/shared/": ""}
     for old, new in {"--nproc_per_node 8": "--nproc_per_node 1", "first-machine:29500": address, **names}.items():
         assert old in command
         command = command.replace(old, new)
-    command += " --use_cpu --max_steps 1 --warmup_steps 0 --num_frames 4"
+    command += " --use_cpu --max_steps 1 --warmup_steps 0 --num_frames 4 --scorer_warmup_steps 1"
     command = command.replace("runs/trained", "runs/machines")
     for machine in [start(command, folder) for _ in range(2)]:
         finish(machine)
