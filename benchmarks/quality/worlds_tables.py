@@ -89,8 +89,9 @@ def difference(study: Study, row: str, other: str, evaluation: str, of_other: st
     return text_of(study.interval(first[..., :clips], minus=second[..., :clips]), "{:+.1f}")
 
 
-def seeds_text(study: Study, row: str) -> str:
-    return ", ".join(str(run["seed"]) for run in runs_of(study, row))
+def seeds_text(study: Study, row: str, evaluations: Sequence[str]) -> str:
+    """The seeds of a row that were asked any of these."""
+    return ", ".join(str(run["seed"]) for run in runs_of(study, row) if {*evaluations} & {*run["hits"]})
 
 
 def accuracy_table(study: Study, rows: Sequence[str], evaluations: Sequence[str], against: str | None = None) -> str:
@@ -103,7 +104,7 @@ def accuracy_table(study: Study, rows: Sequence[str], evaluations: Sequence[str]
         cells = [cell(study, row, name) for name in evaluations]
         if set(cells) != {"-"}:
             gaps = ["" if row == against else difference(study, row, against, name) for name in evaluations if against]
-            lines.append([shown(row), seeds_text(study, row), *cells, *gaps])
+            lines.append([shown(row), seeds_text(study, row, evaluations), *cells, *gaps])
     return markdown_table(header, lines)
 
 
