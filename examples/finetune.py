@@ -217,7 +217,8 @@ def warm_up_scorer(
         model.to(args.device)
     clips = RandomSampler(videos, num_samples=4 * steps, generator=torch.Generator().manual_seed(args.seed))
     losses = list(warm_up(model, DataLoader(videos, batch_size=4, sampler=clips, collate_fn=collator)))
-    print(f"Warmed up the scorer for {steps} steps: auxiliary loss {losses[0]:.4f}, then {losses[-1]:.4f}.")
+    if args.process_index == 0:
+        print(f"Warmed up the scorer for {steps} steps: auxiliary loss {losses[0]:.4f}, then {losses[-1]:.4f}.")
 
 
 def save(trainer: Trainer, script: ScriptArguments) -> None:
